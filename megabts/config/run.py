@@ -1,0 +1,167 @@
+"""One run's configuration: nested dataclasses, one section each; every class checks only itself.
+
+`megabts.config.load` reads a YAML file and `--section.key value` overrides into a `RunConfig`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megabts.config.methods import BTSConfig
+from megabts.config.model import ModelConfig
+from megabts.errors import UsageError
+
+
+@dataclass
+class ParallelConfig:
+    """Degrees of the mesh axes (pp, dp, ep, tp); data parallelism takes the ranks that remain."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    expert: int = 1
+    """Expert-parallel ranks: members side by side."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Communication library; auto is nccl on GPUs and gloo on CPU."""
+    timeout: int = 300
+    """Seconds after which a collective that some rank never joins ends the run."""
+
+
+@dataclass
+class DataConfig:
+    """Indexed datasets (.bin/.idx), blended for training and kept apart per domain for validation."""
+
+    train: dict[str, float] = field(default_factory=dict)
+    """Training datasets: {path prefix: weight}; weights are normalised."""
+    valid: dict[str, str] = field(default_factory=dict)
+    """Validation datasets: {domain: path prefix}; each is evaluated by itself."""
+    split: str = "100,0,0"
+    """Megatron's train,valid,test percentages of each training dataset's sequences."""
+    seq_length: int = 64
+    """Tokens per training sample."""
+    seed: int = 1234
+    """Seed of the document and sample shuffles, and of the blend's index."""
+    cache: str = ""
+    """Folder for index caches; empty: no cache."""
+    tokenizer: str = ""
+    """Tokenizer: a .model file, a tokenizer.json or its folder, `bytes`, or `null:VOCAB`. Saved with checkpoints."""
+    eod_mask_loss: bool = False
+    """Leave the end-of-document token out of the loss as an input position."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Decay after warm-up; wsd: warm-up, stable, decay over the last wsd_decay of the steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    wsd_decay: float = 0.2
+    """Share of the steps that schedule=wsd decays over."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Learning-rate factor by parameter-name pattern, first match wins: {"head.*": 0.1}; 0 freezes."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UsageError(f"optimizer.lr is {self.lr}; it must be positive")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UsageError(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1]")
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch and memory of the run."""
+
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+    global_batch: int = 8
+    """Samples per step over all data-parallel ranks and micro-batches."""
+    micro_batch: int = 8
+    """Samples per forward pass on one rank; gradients accumulate up to the global batch."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none; selective (attention and MLP activation); full (whole layers)."""
+    seed: int = 0
+    """Seed of the initial weights and of dropout."""
+    valid_every: int = 0
+    """Steps between validations; 0 validates at the end only, -1 never."""
+    valid_samples: int = 64
+    """Samples per domain and validation."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.global_batch, self.micro_batch) < 1:
+            raise UsageError("train.steps, train.global_batch and train.micro_batch must be at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """Where a run is kept, and what it starts from."""
+
+    dir: str = ""
+    """Run folder for checkpoints, logs and TensorBoard; empty: nothing is written."""
+    every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    resume: bool = False
+    """Continue this very run from the newest checkpoint in dir; starts anew when dir has none."""
+    force_resume: bool = False
+    """Resume although settings that change the data or the schedule differ from the checkpoint's."""
+    init_from: str = ""
+    """Start a new run from another checkpoint's or Hugging Face folder's weights; step, optimizer and data begin at 0."""
+    seed_from: str = ""
+    """Folder of the seed this expert is branched from, recorded for the stitch; empty: init_from."""
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Weights and activations; bfloat16 keeps fp32 masters in the optimizer. auto: bfloat16 where the hardware
+    multiplies it natively."""
+    backend: Literal["torch"] = "torch"
+    """Layer library."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is reported, and where."""
+
+    every: int = 1
+    """Steps between log lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events below checkpoint.dir."""
+    progress: bool = False
+    """Show a progress bar in place of log lines."""
+
+
+@dataclass
+class RunConfig:
+    """Everything one run needs to know."""
+
+    method: Literal["dense", "bts"] = "dense"
+    """What is trained: a dense decoder, or the stitches of a BTS model."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    bts: BTSConfig = field(default_factory=BTSConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
