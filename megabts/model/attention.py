@@ -1,0 +1,102 @@
+"""Grouped-query self-attention with rotary positions; multi-head and multi-query are its ends."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megabts.config.model import ModelConfig
+from megabts.model.backend import Backend
+from megabts.model.rope import rotate, rotation
+from megabts.parallel.sharding import ParamMeta
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class LayerCache(Protocol):
+    """Keys and values of earlier positions, per layer."""
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [s, b, kv_heads, hd] after what is there; returns all so far. The owner moves the position on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers (and members) of one forward pass share."""
+
+    rope: tuple[Tensor, Tensor]
+    """cos and sin of the positions' angles."""
+    mask: Tensor | None = None
+    """Where attention is allowed: bool [b, 1, s, t]; None is plain causal."""
+    dropout_seed: int | None = None
+    """Seed of this forward pass's dropout masks; None: no dropout (evaluation)."""
+
+
+def make_context(
+    config: ModelConfig,
+    positions: Tensor,
+    dtype: torch.dtype,
+    *,
+    mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    dropout_seed: int | None = None,
+) -> Context:
+    """Context for tokens at `positions` ([s], or [s, b] when they differ over the batch).
+
+    document_ids [b, s] keeps each packed document to itself where `config.cross_document_attention` is false.
+    """
+    if document_ids is not None and not config.cross_document_attention:
+        same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
+        mask = same.tril().unsqueeze(1)
+    return Context(rotation(config, positions, dtype), mask, dropout_seed)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(hd)) v with one fused query-key-value projection."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, tp_size: int, recompute: Recompute) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.local_heads = [max(1, heads // tp_size) for heads in config.qkv_heads]
+        self.backend = backend
+        self.recompute = recompute
+        rows = sum(config.qkv_heads) * config.head_dim
+        split = {"dim": 0, "parts": config.qkv_heads, "unit": config.head_dim}
+        weight = ParamMeta((rows, config.hidden_size), "normal", config.init_std, **split)  # type: ignore[arg-type]
+        bias = ParamMeta((rows,), "zeros", **split) if config.qkv_bias else None  # type: ignore[arg-type]
+        self.qkv = backend.column_linear(weight, bias)
+        if config.qk_norm:
+            self.q_norm = backend.norm(config.head_dim, config.norm_eps)
+            self.k_norm = backend.norm(config.head_dim, config.norm_eps)
+        out_std = config.init_std / (2 * config.num_layers) ** 0.5
+        shape = (config.hidden_size, config.num_heads * config.head_dim)
+        self.out = backend.row_linear(
+            ParamMeta(shape, "normal", out_std, dim=1, parts=(config.num_heads,), unit=config.head_dim)
+        )
+        self.qk_norm = config.qk_norm
+
+    def forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None = None) -> Tensor:
+        """[s, b, D] -> [s, b, D]."""
+        qkv = self.qkv(hidden)  # [s, b, (q + k + v heads) hd / tp]
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            mixed = checkpoint(self._core, qkv, context, layer, cache, use_reentrant=False)
+        else:
+            mixed = self._core(qkv, context, layer, cache)
+        out: Tensor = self.out(mixed)
+        return out
+
+    def _core(self, qkv: Tensor, context: Context, layer: int, cache: LayerCache | None) -> Tensor:
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        num_query, num_key, num_value = self.local_heads
+        if self.qk_norm:
+            query, key, value = heads.split([num_query, num_key, num_value], 2)
+            query, key = rotate(self.q_norm(query), context.rope), rotate(self.k_norm(key), context.rope)
+        else:  # one rotation for queries and keys together
+            turned, value = heads.split([num_query + num_key, num_value], 2)
+            query, key = rotate(turned, context.rope).split([num_query, num_key], 2)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        return self.backend.attention(query, key, value, context.mask)

@@ -1,0 +1,90 @@
+"""A Llama-family decoder, and the interface that every kind of model here satisfies.
+
+Anything with `embed`, `run_layers`, `logits` and `loss` is a `Model`: trainer, evaluator, generator and pipeline are
+written against these and nothing else. What passes between them, `hidden`, is one tensor: [s, b, D] for a dense
+decoder, [members, s, b, D] for a stitched one.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from megabts.config.model import ModelConfig
+from megabts.model.attention import Context, LayerCache, Recompute
+from megabts.model.backend import Backend
+from megabts.model.layer import Layer
+from megabts.parallel.mesh import Axis
+
+
+class Model(Protocol):
+    """What trainer, evaluator and generator need."""
+
+    config: ModelConfig
+    num_members: int
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [b, s] -> hidden."""
+        ...
+
+    def run_layers(
+        self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
+    ) -> Tensor:
+        """Layers [first, last), and what stands between them, on hidden; one cache per member."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden -> logits [b, s, V]."""
+        ...
+
+    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Sum over positions of the cross-entropy in nats; labels and mask [b, s]."""
+        ...
+
+
+class Decoder(nn.Module):
+    """Embedding, L layers, final norm and head.
+
+    `with_head=False` leaves final norm and head away: an expert inside a BTS model never runs them.
+    """
+
+    num_members = 1
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        tp: Axis,
+        *,
+        recompute: Recompute = "none",
+        with_head: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        v, d = config.vocab_size, config.hidden_size
+        self.embedding = backend.vocabulary(v, d, config.init_std)
+        self.layers = nn.ModuleList(Layer(config, backend, tp.size, recompute) for _ in range(config.num_layers))
+        if with_head:
+            self.final_norm = backend.norm(d, config.norm_eps)
+            self.head = self.embedding if config.tie_embeddings else backend.vocabulary(v, d, config.init_std)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [b, s] -> [s, b, D]."""
+        hidden: Tensor = self.embedding(tokens.T)
+        return hidden
+
+    def run_layers(
+        self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
+    ) -> Tensor:
+        """Layers [first, last) on [s, b, D]."""
+        for index in range(first, last):
+            hidden = self.layers[index](hidden, context, index, cache[0] if cache else None)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[s, b, D] -> logits [b, s, V]."""
+        return self.head.logits(self.final_norm(hidden)).transpose(0, 1)
+
+    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """[s, b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats."""
+        return self.head.loss(self.final_norm(hidden).flatten(0, 1), labels.T.flatten(), mask.T.flatten())

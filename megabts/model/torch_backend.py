@@ -1,0 +1,109 @@
+"""Plain PyTorch parts of a decoder: the oracle for every other backend, on CPU and GPU.
+
+Norm and SwiGLU have their own backward: at small widths element-wise passes over memory, not matrix products, are
+most of a step, and autograd's composition of them makes several times as many.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megabts.parallel.mesh import Axis
+from megabts.parallel.sharding import ParamMeta
+from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary
+
+
+class TorchBackend:
+    """`Backend` in plain PyTorch."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, tp: Axis) -> None:
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.tp = tp
+
+    def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None) -> nn.Module:
+        """See `Backend`."""
+        return ColumnLinear(weight, bias, self.tp, self.dtype, self.device)
+
+    def row_linear(self, weight: ParamMeta) -> nn.Module:
+        """See `Backend`."""
+        return RowLinear(weight, self.tp, self.dtype, self.device)
+
+    def norm(self, size: int, eps: float) -> nn.Module:
+        """See `Backend`."""
+        return RMSNorm(size, eps, self.dtype, self.device)
+
+    def vocabulary(self, vocab_size: int, hidden_size: int, std: float) -> Vocabulary:
+        """See `Backend`."""
+        return Vocabulary(vocab_size, hidden_size, std, self.tp, self.dtype, self.device)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """See `Backend`."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        groups = query.shape[2] // key.shape[2]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and query.shape[0] > 1)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """See `Backend`."""
+        return _SwiGLU.apply(gate_up)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = eps
+        self.metas = {"weight": ParamMeta((size,), "ones")}
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., size] -> [.., size]."""
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = x if x.dtype == torch.float64 else x.float()
+        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        scale = (norm.square() / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (exact * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        exact = x if x.dtype == torch.float64 else x.float()
+        normed = exact * scale
+        grad = grad.to(exact.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        grad = grad * weight
+        mean = (grad * normed).mean(-1, keepdim=True)
+        return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        ctx.save_for_backward(gate_up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        torch.mul(grad, F.silu(gate), out=out.chunk(2, -1)[1])
+        out.chunk(2, -1)[0].copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return out

@@ -1,0 +1,126 @@
+"""What a parameter is, independent of the topology: how it starts and which slice of it a rank holds.
+
+Every leaf module lists a `ParamMeta` for each of its parameters in `metas`. Initialisation, gradient sync, checkpoints
+and export read it. A parameter starts from a full tensor drawn from a generator seeded by its *name*, of which a rank
+keeps its slice; so models at different degrees are equal number by number.
+
+A fused matrix (query-key-value, gate-up) is split part by part: `parts` counts the units of each part along `dim`, a
+unit being `unit` rows (a head, or 1). A part with fewer units than ranks is held by several ranks (multi-query
+attention).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megabts.errors import UsageError
+from megabts.parallel.mesh import Axis, ParallelMesh
+
+
+@dataclass(frozen=True)
+class ParamMeta:
+    """How one parameter starts, and along which dimension it is split over which mesh axis."""
+
+    shape: tuple[int, ...]
+    """Shape of the full tensor."""
+    init: Literal["normal", "ones", "zeros", "identity"] = "normal"
+    std: float = 0.0
+    dim: int | None = None
+    """Dimension split over `axis`; None: every rank holds all of it."""
+    axis: str = "tp"
+    parts: tuple[int, ...] = ()
+    """Units in each separately split part along `dim`; () is one part."""
+    unit: int = 1
+
+    def slices(self, axis: Axis) -> list[tuple[int, int]]:
+        """Ranges [start, end) along `dim` that `axis.rank` holds, in order.
+
+        Raises UsageError when a part divides neither way.
+        """
+        assert self.dim is not None
+        start, ranges = 0, []
+        for count in self.parts or (self.shape[self.dim] // self.unit,):
+            first, last = _share(count, axis)
+            ranges.append((start + first * self.unit, start + last * self.unit))
+            start += count * self.unit
+        assert start == self.shape[self.dim]
+        return ranges
+
+    def shard(self, full: Tensor, axis: Axis) -> Tensor:
+        """This rank's slice of the full tensor."""
+        if self.dim is None or axis.size == 1:
+            return full
+        return torch.cat([full.narrow(self.dim, a, b - a) for a, b in self.slices(axis)], self.dim)
+
+    def local_shape(self, axis: Axis) -> tuple[int, ...]:
+        """Shape of this rank's slice."""
+        if self.dim is None:
+            return self.shape
+        length = sum(b - a for a, b in self.slices(axis))
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+    def initial(self, name: str, seed: int) -> Tensor:
+        """The full tensor at the start, in float32: the same for every topology."""
+        if self.init == "ones":
+            return torch.ones(self.shape)
+        if self.init == "zeros":
+            return torch.zeros(self.shape)
+        if self.init == "identity":
+            return torch.eye(*self.shape)
+        generator = torch.Generator().manual_seed(name_seed(name, seed))
+        return torch.empty(self.shape).normal_(0.0, self.std, generator=generator)
+
+
+def _share(count: int, axis: Axis) -> tuple[int, int]:
+    """The units [first, last) of a part of `count` units that a rank holds."""
+    if count % axis.size == 0:
+        each = count // axis.size
+        return axis.rank * each, (axis.rank + 1) * each
+    if axis.size % count == 0:
+        mine = axis.rank * count // axis.size
+        return mine, mine + 1
+    raise UsageError(
+        f"parallel.{axis.name} degree {axis.size} neither divides nor is a multiple of {count} heads or columns"
+    )
+
+
+def name_seed(name: str, seed: int) -> int:
+    """A 63-bit seed from a name and the run's seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
+def named_metas(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
+    """(name, parameter, meta) of every parameter of `module`, in order; tied ones once."""
+    seen = set()
+    for prefix, child in module.named_modules():
+        for leaf, parameter in child.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield f"{prefix}.{leaf}" if prefix else leaf, parameter, child.metas[leaf]
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int, mesh: ParallelMesh) -> None:
+    """Set every parameter of `module` to its start."""
+    for name, parameter, meta in named_metas(module):
+        parameter.copy_(meta.shard(meta.initial(name, seed), mesh.axis(meta.axis)))
+
+
+@torch.no_grad()
+def load_full(module: nn.Module, tensors: dict[str, Tensor], mesh: ParallelMesh, source: str) -> None:
+    """Copy full tensors by name into this rank's slices.
+
+    Raises UserError naming `source` and the names when they and the module's parameters differ.
+    """
+    expected = {name: (parameter, meta) for name, parameter, meta in named_metas(module)}
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise UsageError(f"{source} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
+    for name, (parameter, meta) in expected.items():
+        if tuple(tensors[name].shape) != meta.shape:
+            raise UsageError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model has {meta.shape}")
+        parameter.copy_(meta.shard(tensors[name], mesh.axis(meta.axis)))

@@ -1,0 +1,110 @@
+"""Linears and vocabulary matrices split over the tensor-parallel axis, for the torch backend.
+
+A column-split linear keeps rows of its weight (output features), so its output is split; a row-split linear keeps
+columns (input features), so its output is a sum over ranks. Column then row costs one all-reduce forward and one
+backward. The embedding and the head keep rows of the vocabulary, in blocks of ceil(V / tp): V need not divide.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megabts.parallel.collectives import all_gather, copy, reduce
+from megabts.parallel.cross_entropy import linear_cross_entropy
+from megabts.parallel.mesh import Axis
+from megabts.parallel.sharding import ParamMeta
+
+
+def _parameter(meta: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(meta.local_shape(tp), dtype=dtype, device=device))
+
+
+class ColumnLinear(nn.Module):
+    """y = x W^T + b with W [out, in] split by rows; input whole, output split."""
+
+    def __init__(
+        self,
+        weight: ParamMeta,
+        bias: ParamMeta | None,
+        tp: Axis,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.metas = {"weight": weight} | ({"bias": bias} if bias else {})
+        self.weight = _parameter(weight, tp, dtype, device)
+        self.bias = _parameter(bias, tp, dtype, device) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out / tp]."""
+        return F.linear(copy(x, self.tp), self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """y = x W^T with W [out, in] split by columns; input split, output whole."""
+
+    def __init__(self, weight: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.tp = tp
+        self.metas = {"weight": weight}
+        self.weight = _parameter(weight, tp, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in / tp] -> [.., out]."""
+        return reduce(F.linear(x, self.weight), self.tp)
+
+
+class Vocabulary(nn.Module):
+    """A matrix [V, D] with a row for each token id, split by rows: the embedding, the head, or both when tied."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.sizes = [b - a for a, b in (vocab_range(vocab_size, replace(tp, rank=r)) for r in range(tp.size))]
+        self.first = vocab_range(vocab_size, tp)[0]
+        meta = VocabMeta((vocab_size, hidden_size), "normal", std, dim=0)
+        self.metas = {"weight": meta}
+        self.weight = _parameter(meta, tp, dtype, device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Rows of the token ids [..] -> [.., D]."""
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.first
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(outside, 0), self.weight)
+        return reduce(rows.masked_fill(outside.unsqueeze(-1), 0), self.tp)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., D] -> logits [.., V], gathered; outside autograd over more than one rank."""
+        return all_gather(F.linear(hidden, self.weight), self.tp, -1, self.sizes)
+
+    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Sum of the cross-entropy in nats over positions; hidden [T, D], labels and mask [T]."""
+        return linear_cross_entropy(hidden, self.weight, labels, mask, self.tp, self.first)
+
+
+class VocabMeta(ParamMeta):
+    """A [V, D] parameter split by rows in blocks of ceil(V / tp), the last ones shorter or empty."""
+
+    def slices(self, axis: Axis) -> list[tuple[int, int]]:
+        """The one block of rows that `axis.rank` holds."""
+        return [vocab_range(self.shape[0], axis)]
+
+
+def vocab_range(vocab_size: int, tp: Axis) -> tuple[int, int]:
+    """Rows [first, last) of the vocabulary on this rank."""
+    block = -(-vocab_size // tp.size)
+    return min(tp.rank * block, vocab_size), min((tp.rank + 1) * block, vocab_size)
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """No gradients for these: autograd then keeps no inputs of their linears and computes no weight gradient."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)

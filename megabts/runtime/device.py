@@ -1,0 +1,117 @@
+"""The one place that knows what hardware there is: devices, communication libraries, number formats, peaks."""
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megabts.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 peaks, FLOP/s, by a word in the device's name."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands among the ranks that torchrun (or nothing) started."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Read torchrun's RANK, WORLD_SIZE and LOCAL_RANK; one process without them."""
+        get = os.environ.get
+        return cls(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
+
+
+def pick_device(launch: Launch) -> torch.device:
+    """This rank's device: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+        return torch.device("cuda", launch.local_rank)
+    return torch.device("cpu")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(launch: Launch) -> None:
+    """Give this rank its share of the cores: oversubscribed OpenMP threads make small operations 5-10x slower."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() // local))
+
+
+def start_communication(launch: Launch, device: torch.device, backend: str, timeout: int) -> None:
+    """Initialise torch.distributed for more than one rank; `timeout` in seconds ends a collective that hangs."""
+    if launch.world_size == 1:
+        return
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError("parallel.backend nccl needs GPUs and this machine has none; use gloo or auto")
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def stop_communication() -> None:
+    """Leave torch.distributed, if it was entered."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run natively (GPU tensor cores; AMX or AVX512-BF16 on CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
+def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """The working dtype that a precision setting means on this device."""
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return DTYPES[name]
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float | None:
+    """Peak matmul FLOP/s: the data sheet's on a known GPU, measured on CPU, None when unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
+    size = 1024
+    a = torch.ones(size, size, dtype=dtype)
+    torch.mm(a, a)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(used, total) bytes: peak allocated on a GPU, peak resident set of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything asked of it (for timing)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
