@@ -66,7 +66,7 @@ class Attention(nn.Module):
         rows = sum(config.qkv_heads) * config.head_dim
         split = {"dim": 0, "parts": config.qkv_heads, "unit": config.head_dim}
         weight = ParamMeta((rows, config.hidden_size), "normal", config.init_std, **split)  # type: ignore[arg-type]
-        bias = ParamMeta((rows,), "zeros", **split) if config.qkv_bias else None  # type: ignore[arg-type]
+        bias = ParamMeta((rows,), "constant", **split) if config.qkv_bias else None  # type: ignore[arg-type]
         self.qkv = backend.column_linear(weight, bias)
         if config.qk_norm:
             self.q_norm = backend.norm(config.head_dim, config.norm_eps)

@@ -7,14 +7,20 @@ backend carries the dtype and device of what it makes, and the tensor-parallel a
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
 from megabts.parallel.tensor import Vocabulary
 
 
 class Backend(Protocol):
-    """Makes the parts of a decoder."""
+    """Makes the parts of a model, in `dtype` on `device`, split over `tp`."""
+
+    dtype: torch.dtype
+    device: torch.device
+    tp: Axis
 
     def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None) -> nn.Module:
         """Linear [.., in] -> [.., out / tp]; parameters `weight` [out, in] and, if asked for, `bias` [out]."""

@@ -61,6 +61,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.with_head = with_head
         v, d = config.vocab_size, config.hidden_size
         self.embedding = backend.vocabulary(v, d, config.init_std)
         self.layers = nn.ModuleList(Layer(config, backend, tp.size, recompute) for _ in range(config.num_layers))

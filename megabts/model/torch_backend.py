@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = eps
-        self.metas = {"weight": ParamMeta((size,), "ones")}
+        self.metas = {"weight": ParamMeta((size,), "constant", 1.0)}
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:

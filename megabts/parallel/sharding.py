@@ -27,8 +27,9 @@ class ParamMeta:
 
     shape: tuple[int, ...]
     """Shape of the full tensor."""
-    init: Literal["normal", "ones", "zeros", "identity"] = "normal"
-    std: float = 0.0
+    init: Literal["normal", "constant", "identity"] = "constant"
+    value: float = 0.0
+    """Standard deviation of a normal start, or the constant."""
     dim: int | None = None
     """Dimension split over `axis`; None: every rank holds all of it."""
     axis: str = "tp"
@@ -65,14 +66,12 @@ class ParamMeta:
 
     def initial(self, name: str, seed: int) -> Tensor:
         """The full tensor at the start, in float32: the same for every topology."""
-        if self.init == "ones":
-            return torch.ones(self.shape)
-        if self.init == "zeros":
-            return torch.zeros(self.shape)
+        if self.init == "constant":
+            return torch.full(self.shape, self.value)
         if self.init == "identity":
             return torch.eye(*self.shape)
         generator = torch.Generator().manual_seed(name_seed(name, seed))
-        return torch.empty(self.shape).normal_(0.0, self.std, generator=generator)
+        return torch.empty(self.shape).normal_(0.0, self.value, generator=generator)
 
 
 def _share(count: int, axis: Axis) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Branch-Train-Stitch (arXiv 2502.00075)."""
