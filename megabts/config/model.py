@@ -56,7 +56,7 @@ class ModelConfig:
     """Standard deviation of the initial weights; output projections use init_std / sqrt(2 num_layers)."""
 
     def __post_init__(self) -> None:
-        if self.head_dim == 0:
+        if self.head_dim == 0 and self.num_heads > 0:
             if self.hidden_size % self.num_heads:
                 raise UsageError(
                     f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads}; "
@@ -78,10 +78,14 @@ class ModelConfig:
         if not self.rope_scaling:
             return
         kind = self.rope_scaling.get("type")
-        if kind not in ROPE_SCALING_KEYS:
+        if not isinstance(kind, str) or kind not in ROPE_SCALING_KEYS:
             raise UsageError(f"model.rope_scaling type {kind!r} is unknown; use one of {sorted(ROPE_SCALING_KEYS)}")
         if set(self.rope_scaling) != ROPE_SCALING_KEYS[kind]:
-            raise UsageError(f"model.rope_scaling of type {kind} needs exactly the keys {ROPE_SCALING_KEYS[kind]}")
+            keys = sorted(ROPE_SCALING_KEYS[kind])
+            raise UsageError(f"model.rope_scaling of type {kind} needs exactly the keys {keys}")
+        for key, value in self.rope_scaling.items():
+            if key != "type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+                raise UsageError(f"model.rope_scaling.{key} is {value!r}; it must be a positive number")
 
     @property
     def qkv_heads(self) -> tuple[int, int, int]:

@@ -122,7 +122,7 @@ class CheckpointConfig:
     force_resume: bool = False
     """Resume although settings that change the data or the schedule differ from the checkpoint's."""
     init_from: str = ""
-    """Start a new run from another checkpoint's or Hugging Face folder's weights; step, optimizer and data begin at 0."""
+    """Start a new run from another checkpoint's or Hugging Face folder's weights; step, optimizer, data begin at 0."""
     seed_from: str = ""
     """Folder of the seed this expert is branched from, recorded for the stitch; empty: init_from."""
 

@@ -1,0 +1,71 @@
+"""The shipped configurations load, and hold the numbers of the paper."""
+
+from pathlib import Path
+
+import pytest
+
+from megabts.config.load import from_yaml, load_config, to_yaml
+from megabts.config.run import RunConfig
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def load(name: str) -> RunConfig:
+    return load_config(["--config", str(CONFIGS / f"{name}.yaml")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(path.relative_to(CONFIGS)) for path in SHIPPED])
+def test_shipped_configuration_loads_and_round_trips(path: Path) -> None:
+    config = load_config(["--config", str(path)])
+    assert config != RunConfig()
+    assert from_yaml(to_yaml(config)) == config
+    assert config.train.global_batch % config.train.micro_batch == 0
+    assert config.data.train
+    assert config.checkpoint.dir
+
+
+PAPER = ["seed", "code", "math", "multilingual", "stitch"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_sizes_and_batch(name: str) -> None:
+    config = load(f"paper/{name}")
+    assert config.model.num_parameters == 2_689_723_392
+    assert config.train.global_batch * config.data.seq_length == 2**21
+    assert config.precision.dtype == "bfloat16"
+    assert (config.optimizer.schedule, config.optimizer.min_lr_ratio) == ("cosine", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "warmup", "steps"),
+    [
+        ("seed", 4e-4, 2000, None),
+        ("code", 5e-6, 0, 96_000),
+        ("math", 5e-6, 0, 96_000),
+        ("multilingual", 5e-6, 0, 96_000),
+        ("stitch", 5e-6, 2000, 7000),
+    ],
+)
+def test_paper_schedule(name: str, lr: float, warmup: int, steps: int | None) -> None:
+    config = load(f"paper/{name}")
+    assert (config.optimizer.lr, config.optimizer.warmup_steps) == (lr, warmup)
+    assert steps is None or config.train.steps == steps
+
+
+def test_paper_recipes_fit_together() -> None:
+    seed, stitch = load("paper/seed"), load("paper/stitch")
+    assert stitch.method == "bts"
+    assert stitch.bts.hub == seed.checkpoint.dir
+    assert stitch.bts.experts == {name: load(f"paper/{name}").checkpoint.dir for name in PAPER[1:4]}
+    assert all(load(f"paper/{name}").checkpoint.init_from == seed.checkpoint.dir for name in PAPER[1:4])
+    assert sorted(stitch.data.train.values()) == [0.15, 0.15, 0.15, 0.55]
+    assert stitch.data.train["data/general_text_document"] == 0.55
+    assert (stitch.bts.num_stitch_layers, stitch.bts.alternating, stitch.bts.expert_stream) == (4, True, "projected")
+
+
+def test_tiny_recipes_fit_together() -> None:
+    seed, expert, stitch = load("tiny/seed"), load("tiny/expert"), load("tiny/stitch")
+    assert expert.checkpoint.init_from == stitch.bts.hub == seed.checkpoint.dir
+    assert stitch.bts.experts == {"code": expert.checkpoint.dir}
+    assert seed.model == expert.model == stitch.model
