@@ -19,7 +19,7 @@ from megabts.model.attention import Context, LayerCache, Recompute
 from megabts.model.backend import Backend
 from megabts.model.decoder import Decoder
 from megabts.parallel.mesh import Axis
-from megabts.parallel.sharding import name_seed
+from megabts.parallel.sharding import ParamMeta, name_seed, named_metas
 from megabts.parallel.tensor import freeze
 
 GateObserver = Callable[[int, Tensor], None]
@@ -34,6 +34,7 @@ class BTSModel(nn.Module):
         super().__init__()
         self.config = config
         self.bts = bts
+        self.dtype = backend.dtype
         self.num_members = len(bts.members)
         self.members = nn.ModuleDict(
             {
@@ -45,7 +46,7 @@ class BTSModel(nn.Module):
         self.plan = stitch_plan(config.num_layers, bts.num_stitch_layers, bts.alternating)
         self.stitches = nn.ModuleList(Stitch(point.kind, config.hidden_size, bts, backend) for point in self.plan)
         if "*" not in bts.trainable:
-            freeze(p for name, p in self.stitches.named_parameters() if _member_of(name) not in bts.trainable)
+            freeze(p for name, p, _ in self.own_parameters() if member_of(name) not in bts.trainable)
         self._observer: GateObserver | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -77,6 +78,10 @@ class BTSModel(nn.Module):
         loss: Tensor = self.hub.loss(hidden[0], labels, mask)
         return loss
 
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
+        """The stitches': members stay where they are."""
+        return (item for item in named_metas(self) if item[0].startswith("stitches."))
+
     @property
     def hub(self) -> Decoder:
         """Member 0, whose output is the model's."""
@@ -107,7 +112,7 @@ class BTSModel(nn.Module):
         ]
 
 
-def _member_of(parameter: str) -> str:
-    """The member that a stitch parameter belongs to: "2.gates.code.weight" -> "code"; the hub has the rest."""
+def member_of(parameter: str) -> str:
+    """The member a parameter belongs to: "stitches.2.gates.code.weight" -> "code"; the hub has a stitch's others."""
     parts = parameter.split(".")
-    return parts[2] if parts[1] in ("projections", "gates") else HUB
+    return parts[3] if parts[2] in ("projections", "gates") else HUB

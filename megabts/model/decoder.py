@@ -5,22 +5,25 @@ written against these and nothing else. What passes between them, `hidden`, is o
 decoder, [members, s, b, D] for a stitched one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from megabts.config.model import ModelConfig
-from megabts.model.attention import Context, LayerCache, Recompute
+from megabts.model.attention import Context, LayerCache, Recompute, make_context
 from megabts.model.backend import Backend
 from megabts.model.layer import Layer
 from megabts.parallel.mesh import Axis
+from megabts.parallel.sharding import ParamMeta, named_metas
 
 
 class Model(Protocol):
     """What trainer, evaluator and generator need."""
 
     config: ModelConfig
+    dtype: torch.dtype
     num_members: int
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -39,6 +42,14 @@ class Model(Protocol):
 
     def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Sum over positions of the cross-entropy in nats; labels and mask [b, s]."""
+        ...
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
+        """What this model's checkpoint holds: everything but members that are kept elsewhere."""
+        ...
+
+    def train(self, mode: bool = True) -> object:
+        """Training (dropout on) or evaluation mode."""
         ...
 
 
@@ -61,6 +72,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.dtype = backend.dtype
         self.with_head = with_head
         v, d = config.vocab_size, config.hidden_size
         self.embedding = backend.vocabulary(v, d, config.init_std)
@@ -89,3 +101,25 @@ class Decoder(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """[s, b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats."""
         return self.head.loss(self.final_norm(hidden).flatten(0, 1), labels.T.flatten(), mask.T.flatten())
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
+        """All of them."""
+        return named_metas(self)
+
+
+def sequence_loss(
+    model: Model,
+    tokens: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    dropout_seed: int | None = None,
+) -> Tensor:
+    """Sum of the cross-entropy of whole sequences from position 0, in nats; all arguments [b, s]."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    context = make_context(
+        model.config, positions, model.dtype, document_ids=document_ids, dropout_seed=dropout_seed
+    )
+    hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
+    return model.loss(hidden, labels, mask)

@@ -10,14 +10,14 @@ attention).
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from megabts.errors import UsageError
+from megabts.errors import UsageError, UserError
 from megabts.parallel.mesh import Axis, ParallelMesh
 
 
@@ -110,16 +110,23 @@ def initialise(module: nn.Module, seed: int, mesh: ParallelMesh) -> None:
 
 
 @torch.no_grad()
-def load_full(module: nn.Module, tensors: dict[str, Tensor], mesh: ParallelMesh, source: str) -> None:
-    """Copy full tensors by name into this rank's slices.
+def load_full(
+    parameters: Iterable[tuple[str, nn.Parameter, ParamMeta]],
+    tensors: Iterable[tuple[str, Tensor]],
+    mesh: ParallelMesh,
+    source: str,
+) -> None:
+    """Copy full tensors, by name and one at a time, into this rank's slices of `parameters`.
 
-    Raises UserError naming `source` and the names when they and the module's parameters differ.
+    Raises UserError naming `source` and the tensor when names or shapes differ.
     """
-    expected = {name: (parameter, meta) for name, parameter, meta in named_metas(module)}
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        raise UsageError(f"{source} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
-    for name, (parameter, meta) in expected.items():
-        if tuple(tensors[name].shape) != meta.shape:
-            raise UsageError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model has {meta.shape}")
-        parameter.copy_(meta.shard(tensors[name], mesh.axis(meta.axis)))
+    waiting = {name: (parameter, meta) for name, parameter, meta in parameters}
+    for name, tensor in tensors:
+        if name not in waiting:
+            raise UserError(f"{source} does not fit the model: it has {name}, which the model lacks or has had already")
+        parameter, meta = waiting.pop(name)
+        if tuple(tensor.shape) != meta.shape:
+            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {meta.shape}")
+        parameter.copy_(meta.shard(tensor, mesh.axis(meta.axis)))
+    if waiting:
+        raise UserError(f"{source} does not fit the model: it lacks {sorted(waiting)[0]} ({len(waiting)} such)")

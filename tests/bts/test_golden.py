@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megabts.bts.build import load_member
 from megabts.bts.model import BTSModel
 from megabts.checkpoint.hf import config_from_hf, weights_from_hf
 from megabts.config.methods import BTSConfig
@@ -14,7 +15,6 @@ from megabts.config.model import ModelConfig
 from megabts.model.attention import make_context
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
-from megabts.parallel.sharding import load_full
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bts"
 TOLERANCE = 2e-5
@@ -39,11 +39,8 @@ def golden_model(case: dict) -> BTSModel:
         gate_dropout=0.0,
     )
     model = BTSModel(config, bts, TorchBackend(torch.float32, "cpu", mesh.tp), mesh.tp)
-    for member, folder in zip(model.members.values(), folders, strict=True):
-        weights = dict(weights_from_hf(folder))
-        if not member.with_head:
-            weights = {k: v for k, v in weights.items() if not k.startswith(("final_norm.", "head."))}
-        load_full(member, weights, mesh, str(folder))
+    for name, folder in zip(bts.members, folders, strict=True):
+        load_member(model, name, weights_from_hf(folder), mesh, str(folder))
     return model
 
 

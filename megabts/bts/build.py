@@ -1,0 +1,83 @@
+"""Assembling a BTS model from members kept elsewhere, and adding or removing an expert of a trained one.
+
+A BTS checkpoint holds the stitches alone; its manifest names the members with their paths and content hashes. Adding
+and removing work on the stitches' tensors by name and touch no member's weights and no other expert's slices.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megabts.bts.model import BTSModel, member_of
+from megabts.checkpoint.manifest import MemberRecord
+from megabts.checkpoint.source import DenseSource, check_same_shape, open_dense
+from megabts.config.methods import HUB, BTSConfig
+from megabts.errors import UsageError, UserError
+from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.sharding import load_full, named_metas
+
+HEAD_ONLY = ("final_norm.", "head.")
+"""Parameters that only the hub runs."""
+
+
+def open_members(bts: BTSConfig) -> dict[str, DenseSource]:
+    """The folders of hub and experts, by member name, checked to fit together.
+
+    Raises UserError when one is missing or they differ, UsageError when the configuration names no members.
+    """
+    if not bts.hub or not bts.experts:
+        raise UsageError("method bts needs bts.hub DIR and at least one bts.experts.NAME DIR")
+    unknown = set(bts.trainable) - {*bts.members, "*"}
+    if unknown:
+        raise UsageError(f"bts.trainable names {sorted(unknown)}; the members are {', '.join(bts.members)}")
+    sources = {name: open_dense(path) for name, path in {HUB: bts.hub, **bts.experts}.items()}
+    check_same_shape(sources)
+    return sources
+
+
+def member_records(sources: dict[str, DenseSource]) -> list[MemberRecord]:
+    """What a checkpoint's manifest keeps of the members."""
+    return [MemberRecord(name, str(s.folder.resolve()), s.content_hash) for name, s in sources.items()]
+
+
+def with_members(bts: BTSConfig, folders: dict[str, Path]) -> BTSConfig:
+    """The same configuration with the members at these folders (hub included)."""
+    paths = {name: str(folder) for name, folder in folders.items()}
+    return replace(bts, hub=paths.pop(HUB), experts=paths)
+
+
+def load_member(
+    model: BTSModel, name: str, weights: Iterable[tuple[str, Tensor]], mesh: ParallelMesh, source: str
+) -> None:
+    """Copy one member's weights into the model; an expert's final norm and head are passed over."""
+    if name != HUB:
+        weights = ((key, tensor) for key, tensor in weights if not key.startswith(HEAD_ONLY))
+    load_full(named_metas(model.members[name]), weights, mesh, source)
+
+
+def remove_expert(
+    bts: BTSConfig, stitches: dict[str, Tensor], name: str
+) -> tuple[BTSConfig, dict[str, Tensor]]:
+    """The model without expert `name`: its slices are dropped and the softmax renormalises over the others.
+
+    `stitches` by parameter name (`stitches.J.KIND.MEMBER.weight`). Raises UserError.
+    """
+    if name not in bts.experts:
+        raise UserError(f"there is no expert {name!r} to remove; the experts are {', '.join(bts.experts)}")
+    if len(bts.experts) == 1:
+        raise UserError(f"{name} is the only expert; without it the model is its hub, {bts.hub}")
+    experts = {other: path for other, path in bts.experts.items() if other != name}
+    kept = {key: tensor for key, tensor in stitches.items() if member_of(key) != name}
+    return replace(bts, experts=experts, trainable=["*"]), kept
+
+
+def add_expert(bts: BTSConfig, name: str, path: str, *, train_all: bool = False) -> BTSConfig:
+    """The configuration with one more expert, whose projections and gate slices alone train (or all, `train_all`).
+
+    The new slices start as in a new model: projections at identity, gates at zero. Raises UserError.
+    """
+    if name in bts.members:
+        raise UserError(f"there is a member {name!r} already; remove it first or give the new one another name")
+    return replace(bts, experts={**bts.experts, name: path}, trainable=["*"] if train_all else [name])

@@ -1,0 +1,91 @@
+"""A folder with one dense model's weights, as a hub, an expert or a start: a megabts checkpoint or a Hugging Face one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megabts.checkpoint.folder import load_tensors
+from megabts.checkpoint.hf import config_from_hf, is_hf_folder, weights_from_hf
+from megabts.checkpoint.manifest import MODEL_FILE, content_hash, read_manifest
+from megabts.checkpoint.storage import resolve
+from megabts.config.load import from_yaml
+from megabts.config.model import ModelConfig
+from megabts.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FOLDER = "tokenizer"
+TRAINING_ONLY = {"preset", "init_std", "max_seq_len"}
+"""Model settings in which members may differ: they do not change what the weights compute."""
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """Where a dense model's weights lie, and what they are."""
+
+    folder: Path
+    """The checkpoint folder itself (a run folder is resolved to its latest step) or a Hugging Face folder."""
+    config: ModelConfig
+    content_hash: str
+    tokenizer: str
+    """The tokenizer's folder, or "" when the folder has none."""
+    tokenizer_fingerprint: str
+    """"" when unknown."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters by megabts name, in the stored type."""
+        if is_hf_folder(self.folder):
+            return weights_from_hf(self.folder)
+        return iter(load_tensors(self.folder, MODEL_FILE).items())
+
+
+def open_dense(path: str | Path) -> DenseSource:
+    """The dense model in a megabts run or checkpoint folder, or in a Hugging Face folder.
+
+    Raises UserError when there is none, or the checkpoint is of a stitched model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give a checkpoint, a run folder or a Hugging Face folder")
+    if is_hf_folder(folder):
+        config = ModelConfig(**config_from_hf(folder))
+        tokenizer = str(folder) if (folder / "tokenizer.json").exists() else ""
+        return DenseSource(folder, config, content_hash(folder), tokenizer, "")
+    folder = resolve(folder)
+    run = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))
+    if run.method != "dense":
+        raise UserError(f"{folder} holds a model of method {run.method}, not a dense one; members must be dense models")
+    fingerprint = read_manifest(folder).state.get("tokenizer_fingerprint", "")
+    tokenizer = folder / TOKENIZER_FOLDER
+    return DenseSource(
+        folder, run.model, content_hash(folder), str(tokenizer) if tokenizer.is_dir() else "", fingerprint
+    )
+
+
+def check_same_shape(sources: dict[str, DenseSource]) -> None:
+    """Refuse members whose models differ, with a table of the differing fields and what each member has.
+
+    Raises UserError also when two members are one and the same.
+    """
+    rows: dict[str, list[Any]] = {
+        field.name: [getattr(source.config, field.name) for source in sources.values()]
+        for field in fields(ModelConfig)
+        if field.name not in TRAINING_ONLY
+    }
+    rows["tokenizer"] = [source.tokenizer_fingerprint[:12] for source in sources.values()]
+    known = {name: [value for value in values if value != "" or name != "tokenizer"] for name, values in rows.items()}
+    differing = {name: rows[name] for name, values in known.items() if any(value != values[0] for value in values)}
+    if differing:
+        table = [["", *sources], *[[name, *map(str, values)] for name, values in differing.items()]]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        raise UserError("the members differ and cannot be combined:\n" + "\n".join(line.rstrip() for line in lines))
+    owners: dict[str, str] = {}
+    for name, source in sources.items():
+        other = owners.setdefault(source.content_hash, name)
+        if other != name:
+            raise UserError(
+                f"members {other} and {name} have the same weights ({source.folder}); give each its own model"
+            )
