@@ -1,0 +1,1 @@
+"""Built-in training texts for the quickstart: made from the installation alone, no network."""
