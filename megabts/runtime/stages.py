@@ -1,0 +1,266 @@
+"""Runs a job of several stages, each a command, in the order their needs allow and side by side where they can be.
+
+A stage is finished when its marker file exists: JSON {"command": [...], "seconds": s}, written aside and renamed after
+the command ended with code 0. Running the job again keeps finished stages and goes on with the others. A stage whose
+command is no longer the marker's is run again, and so is everything that needs it; what its command finds of its own
+old output is the command's business.
+
+Commands run in a session of their own, output in their log file. Whatever ends the job early (a failed stage, Ctrl-C,
+SIGTERM, SIGHUP) ends every process below them too: SIGTERM, and SIGKILL after `GRACE` seconds. A SIGKILL of this
+process alone is the one thing that leaves them running.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megabts.errors import UsageError, UserError
+from megabts.runtime.stage_display import StageDisplay
+
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
+POLL = 0.05
+"""Seconds between looks at the running commands."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the job."""
+
+    name: str
+    title: str
+    """What people read."""
+    command: list[str]
+    done: Path
+    """Marker file; exists when the stage is finished."""
+    needs: tuple[str, ...] = ()
+    """Names of stages, earlier in the list, that must be finished before."""
+    metrics: Path | None = None
+    """Run folder whose metrics.jsonl tells the progress."""
+    total_steps: int = 0
+    """Steps that the run of `metrics` will have."""
+    log: Path = field(kw_only=True)
+    """Gets the command's stdout and stderr, of the latest attempt."""
+    exclusive: bool = False
+    """Runs with no other stage beside it, and with all threads."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A started command."""
+
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    started: float
+
+
+def run_stages(stages: Sequence[Stage], *, workers: int, threads: int) -> dict[str, float]:
+    """Run the stages, at most `workers` at once; returns each stage's seconds, those of kept stages included.
+
+    `threads` is the machine's: an exclusive stage gets all of them as OMP_NUM_THREADS, the others an equal share.
+    Raises `UserError` when a stage fails, KeyboardInterrupt on Ctrl-C and SystemExit on other signals, each after all
+    commands have ended.
+    """
+    _check(stages)
+    kept = _kept(stages)
+    for stage in stages:
+        if stage.name not in kept:
+            stage.done.unlink(missing_ok=True)
+    seconds = dict(kept)
+    running: list[_Running] = []
+    with _caught_signals() as caught, StageDisplay(len(stages)) as display:
+        for stage in stages:
+            if stage.name in kept:
+                display.kept(stage.name, stage.title, kept[stage.name])
+        try:
+            while len(seconds) < len(stages):
+                for stage in _startable(stages, seconds, running, workers):
+                    running.append(_start(stage, threads if stage.exclusive else max(1, threads // workers)))
+                    display.started(stage.name, stage.title, stage.metrics, stage.total_steps)
+                for item in [item for item in running if item.process.poll() is not None]:
+                    seconds[item.stage.name] = _finish(item)
+                    running.remove(item)
+                    display.finished(item.stage.name, item.stage.title, seconds[item.stage.name])
+                display.tick()
+                _raise_caught(caught)
+                time.sleep(POLL)
+        finally:
+            _stop([item.process for item in running])
+    return {stage.name: seconds[stage.name] for stage in stages}
+
+
+def _check(stages: Sequence[Stage]) -> None:
+    known: set[str] = set()
+    for stage in stages:
+        if stage.name in known:
+            raise UsageError(f"two stages are named {stage.name!r}")
+        for need in stage.needs:
+            if need not in known:
+                raise UsageError(f"stage {stage.name!r} needs {need!r}, which is no stage before it")
+        known.add(stage.name)
+
+
+def _kept(stages: Sequence[Stage]) -> dict[str, float]:
+    """Seconds of the stages that need not run: marker of this very command, and all needs kept."""
+    kept: dict[str, float] = {}
+    for stage in stages:
+        marker = _read_marker(stage.done)
+        if marker.get("command") == stage.command and all(need in kept for need in stage.needs):
+            kept[stage.name] = float(marker.get("seconds", 0.0))
+    return kept
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    """The marker's content; empty for one that is missing or damaged, which makes its stage run again."""
+    try:
+        marker = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) else {}
+
+
+def _startable(
+    stages: Sequence[Stage], finished: Iterable[str], running: Sequence[_Running], workers: int
+) -> Iterator[Stage]:
+    """Stages to start now, in list order."""
+    begun = {*finished, *(item.stage.name for item in running)}
+    done = set(finished)
+    active = [item.stage for item in running]
+    for stage in stages:
+        if stage.name in begun or not done.issuperset(stage.needs):
+            continue
+        if len(active) >= workers or any(other.exclusive for other in active):
+            return
+        if not (stage.exclusive and active):
+            active.append(stage)
+            yield stage
+
+
+def _start(stage: Stage, threads: int) -> _Running:
+    stage.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    try:
+        with stage.log.open("wb") as log:
+            process = subprocess.Popen(
+                stage.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise UserError(f"stage {stage.title} failed: cannot start {stage.command[0]}: {error.strerror}") from None
+    return _Running(stage, process, time.monotonic())
+
+
+def _finish(item: _Running) -> float:
+    """Write the marker of a command that ended well and return its seconds; raise `UserError` for any other."""
+    stage, code = item.stage, item.process.returncode
+    _stop([item.process])
+    if code != 0:
+        end = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        reason = _last_line(stage.log).removeprefix("error: ") or end
+        raise UserError(f"stage {stage.title} failed: {reason}; log: {stage.log}; run again to continue")
+    seconds = round(time.monotonic() - item.started, 3)
+    stage.done.parent.mkdir(parents=True, exist_ok=True)
+    aside = stage.done.with_name(stage.done.name + ".tmp")
+    aside.write_text(json.dumps({"command": stage.command, "seconds": seconds}) + "\n")
+    os.replace(aside, stage.done)
+    return seconds
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a log that is not blank."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the commands and every process below them, sessions of their own (torchrun's workers) included."""
+    targets = _below(processes)
+    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 1.0)):
+        targets |= _below(processes)
+        for pid in targets:
+            _signal(pid, number)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            ended = [process.poll() is not None for process in processes]
+            if all(ended) and not any(_alive(pid) for pid in targets):
+                return
+            time.sleep(POLL)
+
+
+def _below(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
+    """Ids of the living commands, their descendants, and what else is in their sessions (Linux; commands elsewhere)."""
+    roots = {process.pid for process in processes}
+    found = {process.pid for process in processes if process.poll() is None}
+    table = _process_table()
+    grown = True
+    while grown:
+        new = {pid for pid, (parent, session, _) in table.items() if session in roots or parent in found} - found
+        found |= new
+        grown = bool(new)
+    return found
+
+
+def _process_table() -> dict[int, tuple[int, int, str]]:
+    """{process id: (parent, session, state)} of all processes that have not ended; empty without /proc."""
+    table = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue
+        if state != "Z":
+            table[int(path.parent.name)] = (int(parent), int(session), state)
+    return table
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return not Path("/proc/self").exists() or pid in _process_table()
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collect the signals that end a job, so that none of them can come between starting and knowing a command.
+
+    Ignored signals (nohup) stay ignored; outside the main thread nothing is collected.
+    """
+    caught: list[int] = []
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, lambda received, _: caught.append(received))
+    try:
+        yield caught
+    finally:
+        for installed, handler in previous.items():
+            signal.signal(installed, handler)
+
+
+def _raise_caught(caught: Sequence[int]) -> None:
+    if signal.SIGINT in caught:
+        raise KeyboardInterrupt
+    if caught:
+        raise SystemExit(128 + caught[0])
