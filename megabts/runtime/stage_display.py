@@ -30,7 +30,7 @@ QUIET = 30.0
 REFRESH = 0.5
 """Seconds between looks at the metrics files."""
 CLOCK_SLACK = 1.0
-"""Seconds by which a file just written may seem older than its stage: file times are coarse, clocks of shares differ."""
+"""Seconds by which a file just written may seem older than its stage: clocks differ and file times are coarse."""
 
 
 @dataclass
