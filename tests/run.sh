@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Format, lint, types, then all tests. Usage: bash tests/run.sh [--no-venv] [pytest arguments...]
+# Without arguments everything under tests/ runs; skipped tests are listed with their reasons (-ra).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=examples/environment.sh
+source examples/environment.sh
+
+environment_parse "$@"
+set -- ${ENVIRONMENT_ARGS[@]+"${ENVIRONMENT_ARGS[@]}"}
+environment_prepare dev
+command -v make >/dev/null || environment_fail "make not found: install it (Debian: apt-get install make)"
+
+# The house rules are among the tests, so `make lint` and pytest together are `make checks` and more.
+make --no-print-directory lint PYTHON=python3
+exec python3 -m pytest -ra "$@"
