@@ -1,0 +1,1 @@
+"""Checkpoints: durable, verified storage of tensors, and Hugging Face folders read by name."""

@@ -1,0 +1,190 @@
+"""Run folders: the last good checkpoint is always found. Also the names the rest of the program uses for checkpoints.
+
+A *run folder* holds `step_00000100/` folders and the text file `latest` (one line: the folder to continue from). A
+*checkpoint folder* (see `folder`) holds `manifest.json` (see `manifest`), safetensors files, the caller's texts
+(`config.yaml`) and copied files (a tokenizer). No pickle: opening a stranger's checkpoint runs no code of theirs.
+
+Saving writes the new folder, then replaces `latest`, then deletes older steps, and only if the new one reads back
+right; a crash at any point leaves the previous step or the new one. The next save removes what a crash left behind.
+Limits: one writer per run folder (take a `RunLock`); each file is written by one process, from full tensors.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megabts.checkpoint.durable import FileRecord, beside, remove_tree, replace_text
+from megabts.checkpoint.folder import TensorFiles, load_tensors, write_checkpoint
+from megabts.checkpoint.lock import RunLock
+from megabts.checkpoint.manifest import (
+    MANIFEST,
+    MODEL_FILE,
+    CheckpointError,
+    Manifest,
+    MemberRecord,
+    check_member,
+    content_hash,
+    read_manifest,
+    verify,
+)
+from megabts.checkpoint.safetensors_writer import tensors_hash
+from megabts.errors import UserError
+
+__all__ = [
+    "LATEST",
+    "MODEL_FILE",
+    "CheckpointError",
+    "FileRecord",
+    "Manifest",
+    "MemberRecord",
+    "RunLock",
+    "check_member",
+    "content_hash",
+    "has_steps",
+    "load_tensors",
+    "read_manifest",
+    "resolve",
+    "save_step",
+    "step_name",
+    "tensors_hash",
+    "verify",
+    "write_checkpoint",
+]
+
+LATEST = "latest"
+STEP_NAME = re.compile(r"step_(\d{8,})")
+LEFTOVER_NAME = re.compile(r"\.(step_(\d{8,})|latest)\.(tmp|old|trash)")
+log = logging.getLogger(__name__)
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step_{step:08d}"
+
+
+def save_step(
+    run_dir: Path,
+    step: int,
+    files: TensorFiles,
+    texts: Mapping[str, str],
+    state: Mapping[str, Any],
+    members: Sequence[MemberRecord] = (),
+    extra_files: Mapping[str, Path] | None = None,
+    *,
+    keep_last: int | None = None,
+) -> Path:
+    """Save `step` into a run folder (see `write_checkpoint`), point `latest` to it, keep `keep_last` steps (None: all).
+
+    Deletes only steps before this one, never those beyond it (of a run that was set back). Returns the folder.
+    Raises CheckpointError when there is no space or the disk fails; the steps saved before are untouched then.
+    """
+    if keep_last is not None and keep_last < 1:
+        raise UserError(f"keep_last is {keep_last}; keep at least 1 step, or all (none)")
+    run_dir = Path(run_dir)
+    folder = run_dir / step_name(step)
+    try:
+        _clean_up(run_dir)
+        write_checkpoint(folder, files, texts, {**state, "step": step}, members, extra_files)
+        replace_text(run_dir / LATEST, folder.name + "\n")
+        if keep_last is not None:
+            _delete_old(run_dir, step, keep_last)
+    except OSError as error:
+        what = f"{error.strerror or error} ({error.filename or run_dir})"
+        raise CheckpointError(f"run folder {run_dir} not brought up to step {step}: {what}; check the disk") from error
+    return folder
+
+
+def has_steps(run_dir: Path) -> bool:
+    """Whether a run folder shows any trace of a saved step, good or damaged: then a run must not start from scratch."""
+    return (Path(run_dir) / LATEST).exists() or bool(_steps(Path(run_dir)))
+
+
+def resolve(path: Path, *, fallback: bool = True) -> Path:
+    """The verified checkpoint folder to load for `path`, a checkpoint folder or a run folder. Changes nothing on disk.
+
+    In a run folder that is the step `latest` names; where that is damaged, the newest good step, with a warning that
+    names the damage (`fallback=False`: CheckpointError instead). A checkpoint folder given itself must be good.
+    Raises UserError when there is nothing usable. Reads all bytes: let one rank resolve and tell the others.
+    """
+    path = Path(path)
+    if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        folder = path if path.exists() else beside(path, "old")
+        verify(folder)
+        return folder
+    steps = _steps(path)
+    candidates = [steps[step] for step in sorted(steps, reverse=True)]
+    problems: list[CheckpointError] = []
+    try:
+        candidates.insert(0, _tracked(path, steps))
+    except CheckpointError as error:
+        problems.append(error)
+    for folder in dict.fromkeys(candidates):
+        if problems and not fallback:
+            raise problems[0]
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        for problem in problems:
+            log.warning("%s", problem)
+        if problems:
+            log.warning("continuing from %s instead", folder)
+        return folder
+    found = "; ".join(map(str, problems)) if steps else "it holds no step_* folder; check the path"
+    raise CheckpointError(f"no usable checkpoint in {path}: {found}")
+
+
+def _tracked(run_dir: Path, steps: Mapping[int, Path]) -> Path:
+    """The folder named by `latest`; CheckpointError when the file or the folder is missing or makes no sense."""
+    tracker = run_dir / LATEST
+    try:
+        text = tracker.read_bytes().decode(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{tracker}: {error.strerror}; write the name of a step folder into it") from error
+    match = STEP_NAME.fullmatch(text)
+    if not match or int(match[1]) not in steps:
+        raise CheckpointError(f"{tracker} names {text[:80]!r}, no step here; write the name of a step folder into it")
+    return steps[int(match[1])]
+
+
+def _steps(run_dir: Path) -> dict[int, Path]:
+    """Folders by step, complete or not; the set-aside old one where a replacement was interrupted."""
+    names = os.listdir(run_dir) if run_dir.is_dir() else []
+    found = {int(match[1]): run_dir / name for name in names if (match := STEP_NAME.fullmatch(name))}
+    for name in names:
+        match = LEFTOVER_NAME.fullmatch(name)
+        if match and match[2] and match[3] == "old":
+            found.setdefault(int(match[2]), run_dir / name)
+    return found
+
+
+def _clean_up(run_dir: Path) -> None:
+    """Remove what a crashed save or deletion left; bring a step back whose replacement was interrupted."""
+    for name in sorted(os.listdir(run_dir)) if run_dir.is_dir() else []:
+        match = LEFTOVER_NAME.fullmatch(name)
+        if not match:
+            continue
+        leftover, step = run_dir / name, run_dir / match[1]
+        if match[3] == "old" and not step.exists():
+            log.warning("restoring %s: its replacement was interrupted", step)
+            os.rename(leftover, step)
+        else:
+            log.warning("removing %s, left by an interrupted save", leftover)
+            remove_tree(leftover)
+
+
+def _delete_old(run_dir: Path, newest: int, keep_last: int) -> None:
+    """Delete all but the `keep_last` last steps up to `newest`, and only if `newest` reads back right."""
+    steps = {step: folder for step, folder in _steps(run_dir).items() if step <= newest}
+    doomed = sorted(steps)[:-keep_last]
+    if doomed:
+        verify(steps[newest])
+    for step in doomed:
+        # A half-deleted step must not look like one: it gets another name first.
+        trash = beside(steps[step], "trash")
+        os.rename(steps[step], trash)
+        remove_tree(trash)
