@@ -69,13 +69,20 @@ def new_model(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> tuple[
 
 
 def load_model(
-    path: str | Path, mesh: ParallelMesh, dtype: torch.dtype | None, device: torch.device | str
+    path: str | Path,
+    mesh: ParallelMesh,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    *,
+    run: RunConfig | None = None,
 ) -> LoadedModel:
     """The model of a run or checkpoint folder, or of a Hugging Face folder; nothing else is needed.
 
-    `dtype` None: as the run computed. Raises UserError (not there, damaged, a member moved or changed).
+    `dtype` None: as the checkpoint's run computed. `run`: build it with this run's settings instead of its own ones.
+    Raises UserError (not there, damaged, a member moved or changed).
     """
     config, folder, members = describe(path)
+    config = run or config
     backend = make_backend(config, mesh, dtype or torch_dtype(config), device)
     model = BUILDERS[config.method](config, mesh, backend)
     for member in members:

@@ -85,6 +85,13 @@ def difference(config: RunConfig) -> str:
     return "\n".join(f"{left:<{width}}{right}".rstrip() for left, right in rows) or "all settings at their defaults"
 
 
+def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every setting in which two configurations differ."""
+    keys = Schema(RunConfig).fields
+    values = [(key, _get(old, key), _get(new, key)) for key in keys]
+    return [(key, before, after) for key, before, after in values if before != after]
+
+
 def _collect(schema: Schema, args: list[str]) -> dict[str, Setting]:
     """All settings the arguments give, by field key, typed."""
     options = list(_options(schema, args))

@@ -73,6 +73,9 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
+    skip_sigma: float = 6.0
+    """Skip a step whose loss or gradient norm is this many standard deviations above its recent mean; 0 skips only
+    what is not finite. Three such steps in a row end the run."""
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Learning-rate factor by parameter-name pattern, first match wins: {"head.*": 0.1}; 0 freezes."""
 

@@ -63,3 +63,12 @@ def copy(x: Tensor, axis: Axis) -> Tensor:
 def reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum of the ranks' `x` over `axis`; the gradient goes to each unchanged."""
     return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank; also a barrier."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

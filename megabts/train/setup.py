@@ -1,0 +1,135 @@
+"""Everything a run needs, built once from its configuration and passed on: mesh, model, data, optimizer."""
+
+import logging
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from megabts.build import Built, LoadedModel, describe, load_model, make_backend, new_model
+from megabts.bts.build import open_members
+from megabts.checkpoint.manifest import MemberRecord
+from megabts.config.methods import HUB
+from megabts.config.model import ModelConfig
+from megabts.config.run import RunConfig
+from megabts.data.build import build_train_dataset, build_valid_datasets, data_hash
+from megabts.data.loader import Loader
+from megabts.data.validation import ValidationSet
+from megabts.errors import UsageError
+from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled
+from megabts.parallel.mesh import ParallelMesh, build_mesh
+from megabts.runtime.device import Launch, pick_device, resolve_dtype, share_cores, start_communication
+from megabts.tokenizers.build import build_tokenizer
+from megabts.tokenizers.protocol import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SHAPE_FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
+"""Model settings that a run may choose anew for weights that exist."""
+
+
+@dataclass
+class Run:
+    """One rank's parts of a run."""
+
+    config: RunConfig
+    mesh: ParallelMesh
+    device: torch.device
+    dtype: torch.dtype
+    model: Built
+    members: list[MemberRecord]
+    tokenizer: Tokenizer | None
+    loader: Loader
+    valid: dict[str, ValidationSet]
+    optimizer: MasterAdamW
+    data_hash: str
+
+    @property
+    def eod_id(self) -> int | None:
+        """The tokenizer's end-of-document token, if it is known."""
+        return self.tokenizer.eod_id if self.tokenizer and self.tokenizer.has_eod else None
+
+
+def start_ranks(config: RunConfig, launch: Launch) -> tuple[ParallelMesh, torch.device]:
+    """Join the other ranks. Raises UsageError before any communication when the degrees do not fit."""
+    parallel = config.parallel
+    for name, degree in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("expert", parallel.expert)):
+        if degree != 1:
+            raise UsageError(
+                f"parallel.{name} is {degree}, but this version trains with data parallelism only; leave it at 1"
+            )
+    share_cores(launch)
+    device = pick_device(launch)
+    start_communication(launch, device, parallel.backend, parallel.timeout)
+    return build_mesh(parallel, launch.world_size, launch.rank), device
+
+
+def adopt_sizes(config: RunConfig, explicit: set[str]) -> RunConfig:
+    """The configuration with model sizes, method and tokenizer of what the run starts from, where it starts from any.
+
+    `explicit`: keys the user gave. Raises UsageError when one of them contradicts the weights.
+    """
+    source = config.checkpoint.init_from
+    if source:
+        found, folder, _ = describe(source)
+        if "method" in explicit and found.method != config.method:
+            raise UsageError(f"method is {config.method}, but {folder} holds a model of method {found.method}")
+        config = replace(config, method=found.method)
+        model, tokenizer = found.model, str(folder / "tokenizer")
+        if found.method == "bts":
+            config = replace(config, bts=replace(found.bts, gate_dropout=config.bts.gate_dropout))
+    elif config.method == "bts":
+        hub = open_members(config.bts)[HUB]
+        model, tokenizer, folder = hub.config, hub.tokenizer, hub.folder
+    else:
+        return config
+    kept = {name: getattr(config.model, name) for name in SHAPE_FREE}
+    for field in fields(ModelConfig):
+        given, has = getattr(config.model, field.name), getattr(model, field.name)
+        if f"model.{field.name}" in explicit and field.name not in SHAPE_FREE and given != has:
+            raise UsageError(f"model.{field.name} is {given}, but the weights in {folder} have {has}; leave it out")
+    if "data.tokenizer" not in explicit and Path(tokenizer).is_dir():
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+    return replace(config, model=replace(model, **kept))
+
+
+def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Run:
+    """Model at its start, datasets and optimizer. Raises UserError for anything that does not fit together."""
+    dtype = resolve_dtype(config.precision.dtype, device)
+    tokenizer = build_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    num_samples = config.train.steps * config.train.global_batch
+    if not config.data.train:
+        raise UsageError("data.train names no dataset; give data.train '{PREFIX: WEIGHT}'")
+    vocab_size = config.model.vocab_size
+    dataset = build_train_dataset(config.data, num_samples, tokenizer=tokenizer, vocab_size=vocab_size)
+    valid = build_valid_datasets(
+        config.data, config.train.valid_samples, tokenizer=tokenizer, vocab_size=vocab_size
+    )
+    loader = Loader(
+        dataset,
+        micro_batch=config.train.micro_batch,
+        global_batch=config.train.global_batch,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        seq_length=config.data.seq_length,
+        eod_id=tokenizer.eod_id if tokenizer and tokenizer.has_eod else None,
+        eod_mask_loss=config.data.eod_mask_loss,
+        document_ids=not config.model.cross_document_attention,
+        vocab_size=vocab_size,
+    )
+    model, members = _start(config, mesh, dtype, device)
+    freeze_unscaled(model, config.optimizer)
+    optimizer = MasterAdamW(((n, p) for n, p, _ in model.own_parameters()), config.optimizer, mesh.dp)
+    identity = data_hash(config.data, num_samples)
+    return Run(
+        config, mesh, device, dtype, model, members, tokenizer, loader, valid, optimizer, identity
+    )
+
+
+def _start(
+    config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device
+) -> tuple[Built, list[MemberRecord]]:
+    if not config.checkpoint.init_from:
+        return new_model(config, mesh, make_backend(config, mesh, dtype, device))
+    loaded: LoadedModel = load_model(config.checkpoint.init_from, mesh, dtype, device, run=config)
+    return loaded.model, loaded.members

@@ -1,0 +1,113 @@
+"""What a run saves besides its weights, and what must not change when it is resumed."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megabts.checkpoint.folder import load_tensors
+from megabts.checkpoint.manifest import MODEL_FILE, read_manifest
+from megabts.checkpoint.source import CONFIG_FILE, TOKENIZER_FOLDER
+from megabts.checkpoint.storage import save_step
+from megabts.config.load import differing_keys, from_yaml, to_yaml
+from megabts.errors import UserError
+from megabts.optimizer.stability import SpikeGuard
+from megabts.parallel.sharding import load_full
+from megabts.train.setup import Run
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+FIXED = (
+    "method",
+    "model.",
+    "bts.",
+    "data.",
+    "optimizer.",
+    "train.steps",
+    "train.global_batch",
+    "train.seed",
+    "precision.dtype",
+)
+"""Settings that decide what a run computes: a resumed run must have the same ones."""
+FREE = {"data.valid", "data.cache", "data.tokenizer", "model.preset", "bts.hub", "bts.experts", "data.train"}
+"""Exceptions: names of places. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
+
+
+def save(run: Run, run_dir: Path, step: int, guard: SpikeGuard) -> Path:
+    """Save the run after `step` steps; every rank calls it and the first one writes. Raises CheckpointError."""
+    config = run.config
+    state = {
+        "consumed_samples": step * config.train.global_batch,
+        "data_hash": run.data_hash,
+        "tokenizer_fingerprint": run.tokenizer.fingerprint if run.tokenizer else "",
+        "guard": guard.state_dict(),
+    }
+    weights = {name: parameter.detach() for name, parameter, _ in run.model.own_parameters()}
+    files = {MODEL_FILE: weights, OPTIMIZER_FILE: run.optimizer.state_dict()}
+    return save_step(
+        run_dir,
+        step,
+        files,
+        {CONFIG_FILE: to_yaml(config)},
+        state,
+        run.members,
+        tokenizer_files(run, run_dir),
+        keep_last=config.checkpoint.keep or None,
+    )
+
+
+def tokenizer_files(run: Run, run_dir: Path) -> dict[str, Path]:
+    """The tokenizer's files, written once beside the run's steps, by their names inside a checkpoint."""
+    if run.tokenizer is None:
+        return {}
+    folder = run_dir / TOKENIZER_FOLDER
+    if not folder.is_dir():
+        aside = run_dir / f".{TOKENIZER_FOLDER}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        run.tokenizer.save(aside)
+        aside.rename(folder)
+    return {f"{TOKENIZER_FOLDER}/{path.name}": path for path in sorted(folder.iterdir())}
+
+
+def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
+    """Continue from a checkpoint folder of this run: weights, optimizer, guard. Returns the steps done.
+
+    Raises UserError naming every setting that would make it another run, with old and new value, unless the run's
+    `checkpoint.force_resume` is set.
+    """
+    manifest = read_manifest(folder)
+    changes = changed_settings(run, folder, manifest.state)
+    if changes and not run.config.checkpoint.force_resume:
+        raise UserError(
+            f"{folder} was saved by a run with other settings: {'; '.join(changes)}; restore them, start a new run with "
+            "--checkpoint.init_from, or insist with --checkpoint.force_resume true"
+        )
+    step = int(manifest.state["step"])
+    weights = load_tensors(folder, MODEL_FILE, verify=False)
+    load_full(run.model.own_parameters(), weights.items(), run.mesh, str(folder))
+    run.optimizer.load_state_dict(load_tensors(folder, OPTIMIZER_FILE, verify=False), step)
+    guard.load_state_dict(manifest.state["guard"])
+    return step
+
+
+def changed_settings(run: Run, folder: Path, state: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for each setting that decides what a run computes."""
+    old = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))
+    changes = [
+        f"{key}: {before} -> {after}"
+        for key, before, after in differing_keys(old, run.config)
+        if key.startswith(FIXED) and key not in FREE
+    ]
+    changes += _changed("data (files, weights or order)", state["data_hash"][:12], run.data_hash[:12])
+    fingerprint = run.tokenizer.fingerprint if run.tokenizer else ""
+    changes += _changed("tokenizer", state["tokenizer_fingerprint"][:12], fingerprint[:12])
+    recorded = {m.name: m.content_hash[:12] for m in read_manifest(folder).members}
+    changes += _changed("members", recorded, {m.name: m.content_hash[:12] for m in run.members})
+    return changes
+
+
+def _changed(what: str, before: object, after: object) -> list[str]:
+    return [] if before == after else [f"{what}: {before} -> {after}"]
+

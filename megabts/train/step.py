@@ -1,0 +1,66 @@
+"""One training step, whole: forward and backward over the micro-batches, gradient sync, clip, optimizer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megabts.config.run import RunConfig
+from megabts.data.loader import Batch
+from megabts.evaluation.perplexity import batch_loss
+from megabts.model.decoder import Model
+from megabts.optimizer.adamw import MasterAdamW
+from megabts.optimizer.clip import clip_gradients
+from megabts.optimizer.schedule import learning_rate
+from megabts.optimizer.stability import SpikeGuard
+from megabts.parallel.collectives import all_reduce
+from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.sharding import name_seed
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, over all data-parallel ranks."""
+
+    loss: float
+    """Mean cross-entropy, nats per token."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    tokens: int
+    """Tokens that counted in the loss."""
+    skipped: str
+    """Why the parameters were left as they were; empty when they were updated."""
+
+
+def train_step(
+    model: Model,
+    optimizer: MasterAdamW,
+    guard: SpikeGuard,
+    batches: list[Batch],
+    step: int,
+    config: RunConfig,
+    mesh: ParallelMesh,
+    device: torch.device,
+) -> StepResult:
+    """Step number `step` (from 0) on this rank's micro-batches.
+
+    The loss is the sum over tokens divided by the valid tokens of the whole global batch, which are counted first.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, tokens
+    total[1] = float(sum(batch.loss_mask.sum() for batch in batches))
+    tokens = all_reduce(total[1:].clone(), mesh.dp).item()
+    optimizer.gradients.zero()
+    for batch in batches:
+        seed = name_seed(f"dropout of sample {batch.first_sample}", config.train.seed)
+        loss = batch_loss(model, batch, device, seed)
+        if loss.requires_grad:
+            (loss / tokens).backward()
+        total[0] += loss.detach().double()
+    optimizer.gradients.sync()
+    mean_loss = all_reduce(total, mesh.dp)[0].item() / tokens
+    norm = clip_gradients(optimizer.gradients.flat, config.optimizer.clip_grad)
+    lr = learning_rate(step, config.optimizer, config.train.steps)
+    skipped = guard.observe(mean_loss, norm)
+    if not skipped:
+        optimizer.step(lr)
+    return StepResult(mean_loss, norm, lr, int(tokens), skipped)

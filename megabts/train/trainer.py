@@ -1,0 +1,202 @@
+"""The training loop: steps, log lines, validation, checkpoints, and an orderly end on a signal."""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from megabts.bts.model import BTSModel
+from megabts.checkpoint.lock import RunLock
+from megabts.checkpoint.storage import has_steps, resolve
+from megabts.errors import UserError
+from megabts.evaluation.perplexity import domain_losses
+from megabts.model.flops import bts_flops, dense_flops
+from megabts.optimizer.schedule import check_schedule
+from megabts.optimizer.stability import SpikeGuard
+from megabts.parallel.collectives import all_reduce, broadcast_object
+from megabts.runtime.device import memory, peak_flops, synchronize
+from megabts.runtime.metrics import MetricsLogger, StepStats
+from megabts.train.setup import Run
+from megabts.train.state import restore, save
+from megabts.train.step import StepResult, train_step
+
+log = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 85
+"""Exit code of a run that was told to stop, saved, and wants to be started again."""
+
+
+class Trainer:
+    """Runs one run to its end; `fit` returns the process's exit code."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = run.config
+        self.dir = Path(run.config.checkpoint.dir) if run.config.checkpoint.dir else None
+        self.guard = SpikeGuard(sigma=run.config.optimizer.skip_sigma)
+        self.flops_per_token = _flops_per_token(run)
+        self.saved_step = -1
+        check_schedule(run.config.optimizer, run.config.train.steps)
+
+    def fit(self) -> int:
+        """Train from where the run stands to its last step. 0: finished; 85: saved on SIGTERM or SIGUSR1.
+
+        Raises UserError: the run folder is in use or holds another run, or too many steps in a row went bad.
+        """
+        leads = self.run.mesh.rank == 0
+        with RunLock(self.dir) if self.dir and leads else nullcontext(), _stop_signals() as stop:
+            first = self._begin()
+            logger = self._logger(first) if leads else None
+            try:
+                return self._loop(first, logger, stop)
+            finally:
+                if logger:
+                    logger.close()
+
+    def _begin(self) -> int:
+        """The number of steps done already."""
+        if self.dir is None or not has_steps(self.dir):
+            return 0
+        if not self.config.checkpoint.resume:
+            raise UserError(
+                f"{self.dir} holds a run already; continue it with --checkpoint.resume true, or give another "
+                "--checkpoint.dir"
+            )
+        folder = Path(broadcast_object(str(resolve(self.dir)) if self.run.mesh.rank == 0 else ""))
+        step = self.saved_step = restore(self.run, folder, self.guard)
+        log.info(f"resumed from {folder} after step {step}")
+        return step
+
+    def _loop(self, first: int, logger: MetricsLogger | None, stop: list[int]) -> int:
+        run, steps = self.run, self.config.train.steps
+        batches = run.loader.iterate(first * self.config.train.global_batch)
+        for step in range(first, steps):
+            begin = time.perf_counter()
+            micro_batches = next(batches)
+            data_seconds = time.perf_counter() - begin
+            result = train_step(
+                run.model, run.optimizer, self.guard, micro_batches, step, self.config, run.mesh, run.device
+            )
+            synchronize(run.device)
+            if logger:
+                logger.log_step(self._stats(step + 1, result, time.perf_counter() - begin, data_seconds))
+            self._judge(step + 1, result)
+            if self._due(step + 1, self.config.train.valid_every):
+                self._validate(step + 1, logger)
+            stopping = self._told_to_stop(stop)
+            if stopping or self._due(step + 1, self.config.checkpoint.every):
+                self._save(step + 1)
+            if stopping and step + 1 < steps:
+                log.info(f"stopped by a signal after step {step + 1}; start again with --checkpoint.resume true")
+                return EXIT_REQUEUE
+        return 0
+
+    def _due(self, step: int, every: int) -> bool:
+        """Whether something done `every` steps and at the end (0: only there; -1: never) is due after `step`."""
+        return every >= 0 and (step == self.config.train.steps or (every > 0 and step % every == 0))
+
+    def _told_to_stop(self, stop: list[int]) -> bool:
+        """Whether any rank was signalled: all stop after the same step."""
+        flag = torch.tensor(float(bool(stop)), device=self.run.device)
+        return bool(all_reduce(flag, self.run.mesh.dp).item())
+
+    def _judge(self, step: int, result: StepResult) -> None:
+        """Report a skipped step; raise UserError after too many in a row."""
+        if not result.skipped:
+            return
+        log.warning(f"step {step} skipped: {result.skipped}; parameters unchanged")
+        if self.guard.exhausted:
+            good = f"the last checkpoint is of step {self.saved_step}" if self.saved_step > 0 else "nothing was saved yet"
+            raise UserError(
+                f"{self.guard.limit} bad steps in a row up to step {step} ({result.skipped}); {good}; lower optimizer.lr "
+                "or look at the data"
+            )
+
+    def _validate(self, step: int, logger: MetricsLogger | None) -> None:
+        run, train = self.run, self.config.train
+        if not run.valid:
+            return
+        found = domain_losses(
+            run.model,
+            run.valid,
+            micro_batch=train.micro_batch,
+            dp=run.mesh.dp,
+            device=run.device,
+            eod_id=run.eod_id,
+            eod_mask_loss=self.config.data.eod_mask_loss,
+        )
+        if logger:
+            losses = {domain: result.loss for domain, result in found.items()}
+            logger.log_valid(step, losses, step * train.global_batch)
+
+    def _save(self, step: int) -> None:
+        if self.dir is None:
+            return
+        if self.run.mesh.rank == 0:
+            folder = save(self.run, self.dir, step, self.guard)
+            log.info(f"saved {folder}")
+        broadcast_object("saved")  # no rank runs on, or ends, before the checkpoint is whole
+        self.saved_step = step
+
+    def _logger(self, first: int) -> MetricsLogger:
+        run, logging_config = self.run, self.config.logging
+        return MetricsLogger(
+            self.dir,
+            tensorboard=logging_config.tensorboard,
+            every=logging_config.every,
+            world_size=run.mesh.world_size,
+            peak_flops=peak_flops(run.device, run.dtype),
+            progress=logging_config.progress,
+            total_steps=self.config.train.steps,
+            start_step=first,
+            device="gpu" if run.device.type == "cuda" else "rank",
+        )
+
+    def _stats(self, step: int, result: StepResult, seconds: float, data_seconds: float) -> StepStats:
+        used, total = memory(self.run.device)
+        tokens = self.config.train.global_batch * self.config.data.seq_length
+        return StepStats(
+            step=step,
+            steps=self.config.train.steps,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens=tokens,
+            seconds=seconds,
+            flops=tokens * self.flops_per_token,
+            consumed_samples=step * self.config.train.global_batch,
+            memory_bytes=used,
+            memory_total_bytes=total,
+            data_seconds=data_seconds,
+            skipped_steps=self.guard.skipped,
+        )
+
+
+def _flops_per_token(run: Run) -> float:
+    config = run.config
+    if isinstance(run.model, BTSModel):
+        plan = [(point.after, point.kind) for point in run.model.plan]
+        return bts_flops(config.model, config.bts, config.data.seq_length, plan).total
+    return dense_flops(config.model, config.data.seq_length).total
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Inside the block SIGTERM and SIGUSR1 are noted in the list, to be honoured between steps."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

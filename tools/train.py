@@ -1,0 +1,33 @@
+"""Train a dense decoder or the stitches of a BTS model: `python tools/train.py --config FILE [--section.key value ...]`.
+
+Under torchrun every rank runs this file. `--help` lists all settings.
+"""
+
+import sys
+
+from megabts.config.load import difference, explicit_keys, load_config
+from megabts.errors import run_tool
+
+
+def main() -> int:
+    """Config, ranks, model and data, trainer, fit."""
+    config = load_config(sys.argv[1:])
+    from megabts.runtime.device import Launch, stop_communication
+    from megabts.runtime.log import configure_logging
+    from megabts.train.setup import adopt_sizes, build_run, start_ranks
+    from megabts.train.trainer import Trainer
+
+    launch = Launch.from_environment()
+    configure_logging(launch.rank)
+    config = adopt_sizes(config, explicit_keys(sys.argv[1:]))
+    if launch.rank == 0:
+        print(difference(config), flush=True)
+    mesh, device = start_ranks(config, launch)
+    try:
+        return Trainer(build_run(config, mesh, device)).fit()
+    finally:
+        stop_communication()
+
+
+if __name__ == "__main__":
+    run_tool(main)
