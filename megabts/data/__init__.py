@@ -1,0 +1,1 @@
+"""From text to token batches: preprocessing, the indexed dataset format, samples, blends, loading."""

@@ -1,0 +1,1 @@
+"""Tokenizers behind one small protocol: SentencePiece, Hugging Face `tokenizers`, bytes, integers."""

@@ -1,0 +1,79 @@
+"""What the rest of megabts asks of a tokenizer.
+
+A tokenizer is a value: made once, never changed, picklable (it carries its own definition, so worker processes need
+no file), and known by a fingerprint, so that data and models tokenized differently are told apart by content.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from megabts.errors import UserError
+
+SPEC_FILE = "tokenizer_spec.json"
+"""Canonical file of the tokenizers that need no model (bytes, integers): {"tokenizer": "bytes"}."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back. `vocab_size` is unpadded: every id is in [0, vocab_size)."""
+
+    @property
+    def name(self) -> str:
+        """How people call it: the path or word it was built from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the definition: equal exactly when the ids mean the same."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, without padding."""
+
+    @property
+    def has_eod(self) -> bool:
+        """Whether there is an end-of-document token."""
+
+    @property
+    def eod_id(self) -> int:
+        """The end-of-document token. Raises UserError when there is none."""
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding token, if the tokenizer has one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of several texts, equal to `encode` of each, faster."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the definition under canonical names, so that `build_tokenizer(folder)` gives this tokenizer back."""
+
+
+def sha256_hex(definition: bytes) -> str:
+    return hashlib.sha256(definition).hexdigest()
+
+
+def require_eod(eod: int | None, name: str) -> int:
+    """`eod`, or a UserError that says what would help."""
+    if eod is None:
+        raise UserError(
+            f"tokenizer {name} has no end-of-document token: use one with an eos token, or leave out --append-eod"
+        )
+    return eod
+
+
+def read_definition(path: Path) -> bytes:
+    """The bytes of a tokenizer file; a missing, unreadable or empty one is a UserError."""
+    try:
+        definition = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}") from error
+    if not definition:
+        raise UserError(f"tokenizer file {path} is empty: copy it again")
+    return definition
