@@ -20,9 +20,8 @@ def main() -> None:
     prefixes = find_datasets(args.input)
     merged = merge_datasets(prefixes, args.output_prefix)
     without = "" if merged.sidecar else " (no sidecar: not all parts have one)"
-    print(
-        f"{merged.prefix}: {len(prefixes)} datasets, {merged.num_documents} documents, {merged.num_tokens} tokens{without}"
-    )
+    counts = f"{len(prefixes)} datasets, {merged.num_documents} documents, {merged.num_tokens} tokens"
+    print(f"{merged.prefix}: {counts}{without}")
 
 
 if __name__ == "__main__":

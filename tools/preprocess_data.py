@@ -3,11 +3,11 @@
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --tokenizer tokenizer.model \\
         --append-eod --workers 8
 
-writes data/corpus_text_document.{bin,idx,json}. Megatron-LM's flags are understood; docs/formats.md lists the differences.
+writes data/corpus_text_document.{bin,idx,json}. Megatron-LM's flags are understood; docs/formats.md lists the
+differences.
 """
 
 import argparse
-import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -62,9 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--max-line-bytes", type=int, default=16 << 20, help="longer lines are bad (default: 16 MiB)")
 
     work = parser.add_argument_group("work")
-    work.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)"
-    )
+    work.add_argument("--workers", type=int, help="processes (default: the cores)")
     work.add_argument("--log-interval", type=int, default=1000, help="documents between two progress lines")
     work.add_argument("--partitions", type=int, default=1, help="accepted, without effect: the order is the input's")
     work.add_argument("--keep-sequential-samples", action="store_true", help="accepted: this is always so")
@@ -106,6 +104,7 @@ def choose_tokenizer(args: argparse.Namespace) -> "Tokenizer":
 def main() -> None:
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job manager's stop cleans up as Ctrl-C does
+    from megabts.data.ordered_map import available_cores
     from megabts.data.preprocess import PreprocessOptions, preprocess
 
     options = PreprocessOptions(
@@ -113,7 +112,7 @@ def main() -> None:
         output_prefix=args.output_prefix,
         json_keys=tuple(args.json_keys),
         append_eod=args.append_eod,
-        workers=args.workers,
+        workers=available_cores() if args.workers is None else args.workers,
         log_interval=args.log_interval,
         on_bad_line=args.on_bad_line,
         max_line_bytes=args.max_line_bytes,

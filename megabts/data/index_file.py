@@ -67,6 +67,7 @@ class Index:
 
 
 def damaged(path: str, what: str) -> UserError:
+    """The error that says `what` is wrong with the file."""
     return UserError(f"{path}: {what}; the file is damaged or was cut: copy it again or rebuild it")
 
 

@@ -56,8 +56,8 @@ def verify_tokens(dataset: IndexedDataset, vocab_size: int | None) -> str:
     low, high = dataset.token_range()
     if low < 0 or (isinstance(limit, int) and high >= limit):
         raise UserError(
-            f"{dataset.prefix}.bin: tokens from {low} to {high}, outside the vocabulary of {limit}: the file is damaged "
-            "or was made with another tokenizer"
+            f"{dataset.prefix}.bin: tokens from {low} to {high}, outside the vocabulary of {limit}: the file is "
+            "damaged or was made with another tokenizer"
         )
     if limit is None:
         return f"verified   all tokens read, {low} to {high}; vocabulary not known (give --tokenizer or --vocab-size)"

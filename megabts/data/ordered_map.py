@@ -45,6 +45,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         crew.stop()
 
 
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Crew:
     """The processes and the parent's ends of their pipes; a process starts when its first item comes."""
 
@@ -113,7 +118,7 @@ def _death(process: SpawnProcess) -> UserError:
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
     """The life of a worker process: take an item, send (True, result) or (False, exception), until the pipe closes."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_take_items, args=(connection, inbox), daemon=True).start()
     while (item := inbox.get()) is not _CLOSED:

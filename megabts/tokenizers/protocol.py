@@ -56,6 +56,7 @@ class Tokenizer(Protocol):
 
 
 def sha256_hex(definition: bytes) -> str:
+    """The fingerprint of a definition."""
     return hashlib.sha256(definition).hexdigest()
 
 
