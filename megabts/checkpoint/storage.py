@@ -110,8 +110,9 @@ def resolve(path: Path, *, fallback: bool = True) -> Path:
     Raises UserError when there is nothing usable. Reads all bytes: let one rank resolve and tell the others.
     """
     path = Path(path)
-    if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
-        folder = path if path.exists() else beside(path, "old")
+    old = beside(path, "old")
+    if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists() or old.exists():
+        folder = old if old.exists() and not path.exists() else path
         verify(folder)
         return folder
     steps = _steps(path)

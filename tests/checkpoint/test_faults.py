@@ -146,6 +146,8 @@ def test_kill_at_every_system_call(tmp_path: Path, scenario: str) -> None:
                 save(run, step, keep_last)
 
         assert in_killed_child(work) == signal.SIGKILL, points[place - 1]
+        for folder in run.glob("step_*"):
+            storage.verify(folder)
         if before or storage.has_steps(run):
             folder = storage.resolve(run)
             number = storage.read_manifest(folder).state["step"]
@@ -183,6 +185,39 @@ def test_error_at_every_system_call(tmp_path: Path, scenario: str, failure: Base
             assert_whole(folder, storage.read_manifest(folder).state["step"])
         save(run, 3)
         assert_whole(storage.resolve(run), 3)
+
+
+def test_a_replacement_that_fails_or_dies_half_way(tmp_path: Path) -> None:
+    folder = tmp_path / "plain name"
+    storage.write_checkpoint(folder, {}, {"a.txt": "old"}, {})
+
+    def fail(point: int) -> None:
+        if hook.points[-1] == "before rename" and hook.points.count("before rename") == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def die(point: int) -> None:
+        with contextlib.suppress(OSError):
+            fail(point)
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    hook = Hook(fail)
+    with hook.installed(), pytest.raises(CheckpointError, match="not saved: Input/output error"):
+        storage.write_checkpoint(folder, {}, {"a.txt": "new"}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["plain name"]
+    assert (storage.resolve(folder) / "a.txt").read_text() == "old"
+
+    def work() -> None:
+        with hook.installed():
+            storage.write_checkpoint(folder, {}, {"a.txt": "new"}, {})
+
+    hook.points, hook.act = [], die
+    assert in_killed_child(work) == signal.SIGKILL
+    assert not folder.exists()
+    assert (storage.resolve(folder) / "a.txt").read_text() == "old"
+    storage.write_checkpoint(folder, {}, {"a.txt": "new"}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["plain name"]
+    assert (storage.resolve(folder) / "a.txt").read_text() == "new"
 
 
 def test_random_bit_flips_are_all_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

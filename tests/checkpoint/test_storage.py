@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickletools
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,30 @@ def test_files_hold_no_pickle(tmp_path: Path) -> None:
     for path in save(tmp_path, 1).iterdir():
         with pytest.raises(ValueError):
             list(pickletools.genops(path.read_bytes()))
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(("sync", os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path)))
+        fsync(descriptor)
+
+    def named(source: Path, target: Path) -> None:
+        events.append(("name", target.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", named)
+    monkeypatch.setattr(os, "replace", named)
+    storage.save_step(tmp_path, 1, {"m.safetensors": {"w": torch.ones(1)}}, {"tok/t.json": "x"}, {})
+    aside = ".step_00000001.tmp"
+    files = [f"{aside}/{name}" for name in ("m.safetensors", "tok/t.json", "manifest.json")]
+    assert [path for _, path in events[:3]] == files
+    assert sorted(events[3:5]) == [("sync", aside), ("sync", f"{aside}/tok")]
+    rest = [("name", "step_00000001"), ("sync", "."), ("sync", ".latest.tmp"), ("name", "latest"), ("sync", ".")]
+    assert events[5:] == rest
 
 
 def test_latest_and_retention(tmp_path: Path) -> None:
