@@ -59,12 +59,12 @@ def new_model(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> tuple[
     """A model at the start of training: dense from its seed, BTS from its members' weights."""
     model = BUILDERS[config.method](config, mesh, backend)
     if not isinstance(model, BTSModel):
-        initialise(model, config.train.seed, mesh)
+        initialise(model.own_parameters(), config.train.seed, mesh)
         return model, []
     sources = open_members(config.bts)
     for name, source in sources.items():
         load_member(model, name, source.weights(), mesh, str(source.folder))
-    initialise(model.stitches, config.train.seed, mesh)
+    initialise(model.own_parameters(), config.train.seed, mesh)
     return model, member_records(sources)
 
 

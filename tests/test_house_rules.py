@@ -28,7 +28,7 @@ LAYERS = (
     ("tokenizers", "data", "corpora", "parallel"),
     ("optimizer", "checkpoint", "model"),
     ("moe", "merge", "bts", "pool"),
-    ("build",),
+    ("build", "assemble"),
     ("inference",),
     ("evaluation", "train"),
     ("viz",),

@@ -57,9 +57,7 @@ def load_member(
     load_full(named_metas(model.members[name]), weights, mesh, source)
 
 
-def remove_expert(
-    bts: BTSConfig, stitches: dict[str, Tensor], name: str
-) -> tuple[BTSConfig, dict[str, Tensor]]:
+def remove_expert(bts: BTSConfig, stitches: dict[str, Tensor], name: str) -> tuple[BTSConfig, dict[str, Tensor]]:
     """The model without expert `name`: its slices are dropped and the softmax renormalises over the others.
 
     `stitches` by parameter name (`stitches.J.KIND.MEMBER.weight`). Raises UserError.

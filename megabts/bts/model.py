@@ -37,10 +37,7 @@ class BTSModel(nn.Module):
         self.dtype = backend.dtype
         self.num_members = len(bts.members)
         self.members = nn.ModuleDict(
-            {
-                name: Decoder(config, backend, tp, recompute=recompute, with_head=name == HUB)
-                for name in bts.members
-            }
+            {name: Decoder(config, backend, tp, recompute=recompute, with_head=name == HUB) for name in bts.members}
         )
         freeze(self.members.parameters())
         self.plan = stitch_plan(config.num_layers, bts.num_stitch_layers, bts.alternating)

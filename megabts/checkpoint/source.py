@@ -1,4 +1,4 @@
-"""A folder with one dense model's weights, as a hub, an expert or a start: a megabts checkpoint or a Hugging Face one."""
+"""A folder with one dense model's weights, as a hub, an expert or a start: a megabts or a Hugging Face checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -58,10 +58,8 @@ def open_dense(path: str | Path) -> DenseSource:
     if run.method != "dense":
         raise UserError(f"{folder} holds a model of method {run.method}, not a dense one; members must be dense models")
     fingerprint = read_manifest(folder).state.get("tokenizer_fingerprint", "")
-    tokenizer = folder / TOKENIZER_FOLDER
-    return DenseSource(
-        folder, run.model, content_hash(folder), str(tokenizer) if tokenizer.is_dir() else "", fingerprint
-    )
+    inside = folder / TOKENIZER_FOLDER
+    return DenseSource(folder, run.model, content_hash(folder), str(inside) if inside.is_dir() else "", fingerprint)
 
 
 def check_same_shape(sources: dict[str, DenseSource]) -> None:

@@ -120,14 +120,14 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+    save_fail: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written (disk full): go on training with a warning, or end the run."""
     resume: bool = False
     """Continue this very run from the newest checkpoint in dir; starts anew when dir has none."""
     force_resume: bool = False
     """Resume although settings that change the data or the schedule differ from the checkpoint's."""
     init_from: str = ""
     """Start a new run from another checkpoint's or Hugging Face folder's weights; step, optimizer, data begin at 0."""
-    seed_from: str = ""
-    """Folder of the seed this expert is branched from, recorded for the stitch; empty: init_from."""
 
 
 @dataclass

@@ -118,7 +118,6 @@ def _death(process: SpawnProcess) -> UserError:
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
     """The life of a worker process: take an item, send (True, result) or (False, exception), until the pipe closes."""
-    os.putenv("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_take_items, args=(connection, inbox), daemon=True).start()
     while (item := inbox.get()) is not _CLOSED:

@@ -55,7 +55,8 @@ def _expand(name: str, suffixes: tuple[str, ...]) -> list[str]:
             raise UserError(f"folder {name} has no files ending in {', '.join(suffixes)}")
         return found
     if _GLOB_CHARACTERS & set(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+        matching = (Path(path) for path in glob.glob(name, recursive=True))
+        found = sorted(str(path) for path in matching if path.is_file() and not _is_product(path))
         if not found:
             raise UserError(f"pattern {name} matches no file")
         return found
@@ -65,10 +66,12 @@ def _expand(name: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _is_text_file(path: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file of a folder is meant: what preprocessing itself may have left there is not."""
-    if not path.name.endswith(suffixes) or not path.is_file() or path.name.endswith("_rejects.jsonl"):
-        return False
-    return not (path.suffix == ".json" and path.with_suffix(".idx").exists())
+    return path.name.endswith(suffixes) and path.is_file() and not _is_product(path)
+
+
+def _is_product(path: Path) -> bool:
+    """Whether preprocessing wrote the file: its output may lie in the folder of its input."""
+    return path.name.endswith("_rejects.jsonl") or (path.suffix == ".json" and path.with_suffix(".idx").exists())
 
 
 @contextmanager

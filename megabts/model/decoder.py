@@ -118,8 +118,6 @@ def sequence_loss(
 ) -> Tensor:
     """Sum of the cross-entropy of whole sequences from position 0, in nats; all arguments [b, s]."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    context = make_context(
-        model.config, positions, model.dtype, document_ids=document_ids, dropout_seed=dropout_seed
-    )
+    context = make_context(model.config, positions, model.dtype, document_ids=document_ids, dropout_seed=dropout_seed)
     hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
     return model.loss(hidden, labels, mask)

@@ -51,7 +51,9 @@ class MasterAdamW:
 
     def _set_state(self, steps: int) -> None:
         """Hand the flat moments, as of `steps` steps, to the fused optimizer."""
-        for group in self.adamw.param_groups if self.adamw else ():
+        if self.adamw is None:
+            return
+        for group in self.adamw.param_groups:
             start, end = group["range"]
             (flat,) = group["params"]
             state = {moment: buffer[start:end] for moment, buffer in self.moments.items()}
@@ -91,7 +93,9 @@ class MasterAdamW:
         mine = self.state_dict()
         if mine.keys() != tensors.keys():
             differing = sorted(mine.keys() ^ tensors.keys())
-            raise UserError(f"the optimizer state does not fit the trainable parameters: {differing[:3]} on one side only")
+            raise UserError(
+                f"the optimizer state does not fit the trainable parameters: {differing[:3]} on one side only"
+            )
         for name, view in mine.items():
             view.copy_(tensors[name])
         self._set_state(steps)

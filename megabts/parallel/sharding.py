@@ -102,16 +102,19 @@ def named_metas(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamMet
                 yield f"{prefix}.{leaf}" if prefix else leaf, parameter, child.metas[leaf]
 
 
+NamedParameters = Iterable[tuple[str, nn.Parameter, ParamMeta]]
+
+
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int, mesh: ParallelMesh) -> None:
-    """Set every parameter of `module` to its start."""
-    for name, parameter, meta in named_metas(module):
+def initialise(parameters: NamedParameters, seed: int, mesh: ParallelMesh) -> None:
+    """Set parameters to their start."""
+    for name, parameter, meta in parameters:
         parameter.copy_(meta.shard(meta.initial(name, seed), mesh.axis(meta.axis)))
 
 
 @torch.no_grad()
 def load_full(
-    parameters: Iterable[tuple[str, nn.Parameter, ParamMeta]],
+    parameters: NamedParameters,
     tensors: Iterable[tuple[str, Tensor]],
     mesh: ParallelMesh,
     source: str,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megabts.build import Built, LoadedModel, describe, load_model, make_backend, new_model
 from megabts.bts.build import open_members
+from megabts.build import Built, LoadedModel, describe, load_model, make_backend, new_model
 from megabts.checkpoint.manifest import MemberRecord
 from megabts.config.methods import HUB
 from megabts.config.model import ModelConfig
@@ -102,9 +102,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Ru
         raise UsageError("data.train names no dataset; give data.train '{PREFIX: WEIGHT}'")
     vocab_size = config.model.vocab_size
     dataset = build_train_dataset(config.data, num_samples, tokenizer=tokenizer, vocab_size=vocab_size)
-    valid = build_valid_datasets(
-        config.data, config.train.valid_samples, tokenizer=tokenizer, vocab_size=vocab_size
-    )
+    valid = build_valid_datasets(config.data, config.train.valid_samples, tokenizer=tokenizer, vocab_size=vocab_size)
     loader = Loader(
         dataset,
         micro_batch=config.train.micro_batch,
@@ -121,9 +119,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Ru
     freeze_unscaled(model, config.optimizer)
     optimizer = MasterAdamW(((n, p) for n, p, _ in model.own_parameters()), config.optimizer, mesh.dp)
     identity = data_hash(config.data, num_samples)
-    return Run(
-        config, mesh, device, dtype, model, members, tokenizer, loader, valid, optimizer, identity
-    )
+    return Run(config, mesh, device, dtype, model, members, tokenizer, loader, valid, optimizer, identity)
 
 
 def _start(

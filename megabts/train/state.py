@@ -81,8 +81,8 @@ def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
     changes = changed_settings(run, folder, manifest.state)
     if changes and not run.config.checkpoint.force_resume:
         raise UserError(
-            f"{folder} was saved by a run with other settings: {'; '.join(changes)}; restore them, start a new run with "
-            "--checkpoint.init_from, or insist with --checkpoint.force_resume true"
+            f"{folder} was saved by a run with other settings: {'; '.join(changes)}; restore them, start a new run "
+            "with --checkpoint.init_from, or insist with --checkpoint.force_resume true"
         )
     step = int(manifest.state["step"])
     weights = load_tensors(folder, MODEL_FILE, verify=False)
@@ -110,4 +110,3 @@ def changed_settings(run: Run, folder: Path, state: dict[str, Any]) -> list[str]
 
 def _changed(what: str, before: object, after: object) -> list[str]:
     return [] if before == after else [f"{what}: {before} -> {after}"]
-

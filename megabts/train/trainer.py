@@ -111,7 +111,9 @@ class Trainer:
             return
         log.warning(f"step {step} skipped: {result.skipped}; parameters unchanged")
         if self.guard.exhausted:
-            good = f"the last checkpoint is of step {self.saved_step}" if self.saved_step > 0 else "nothing was saved yet"
+            good = (
+                f"the last checkpoint is of step {self.saved_step}" if self.saved_step > 0 else "nothing was saved yet"
+            )
             raise UserError(
                 f"{self.guard.limit} bad steps in a row up to step {step} ({result.skipped}); {good}; lower optimizer.lr "
                 "or look at the data"
