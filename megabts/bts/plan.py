@@ -27,7 +27,8 @@ def stitch_plan(num_layers: int, num_stitch_layers: int, alternating: bool = Tru
     """
     if num_stitch_layers > num_layers:
         raise UsageError(
-            f"bts.num_stitch_layers {num_stitch_layers} is more than the members' {num_layers} layers; use at most one a layer"
+            f"bts.num_stitch_layers {num_stitch_layers} is more than the members' {num_layers} layers; use one a layer "
+            "at most"
         )
     spacing = num_layers // num_stitch_layers
     points = []

@@ -50,8 +50,8 @@ def gate_dropout(logits: Tensor, probability: float, seed: int | None) -> Tensor
 class Stitch(nn.Module):
     """One stitch layer of a BTS model with members (hub, *experts).
 
-    Outside the paper's counts, of D parameters each: `hub_bias` on the hub's gate logit (start: hub_leaning), and `mix`,
-    the a of h_0 + a * (mixed - h_0) (start: hub_preserving).
+    Outside the paper's counts, of D parameters each: `hub_bias` on the hub's gate logit (start: hub_leaning), and
+    `mix`, the a of h_0 + a * (mixed - h_0) (start: hub_preserving).
     """
 
     def __init__(self, kind: Kind, hidden_size: int, config: BTSConfig, backend: Backend) -> None:

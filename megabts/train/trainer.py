@@ -12,6 +12,7 @@ import torch
 
 from megabts.bts.model import BTSModel
 from megabts.checkpoint.lock import RunLock
+from megabts.checkpoint.manifest import CheckpointError
 from megabts.checkpoint.storage import has_steps, resolve
 from megabts.errors import UserError
 from megabts.evaluation.perplexity import domain_losses
@@ -90,7 +91,7 @@ class Trainer:
                 self._validate(step + 1, logger)
             stopping = self._told_to_stop(stop)
             if stopping or self._due(step + 1, self.config.checkpoint.every):
-                self._save(step + 1)
+                self._save(step + 1, must=stopping or step + 1 == steps)
             if stopping and step + 1 < steps:
                 log.info(f"stopped by a signal after step {step + 1}; start again with --checkpoint.resume true")
                 return EXIT_REQUEUE
@@ -111,13 +112,13 @@ class Trainer:
             return
         log.warning(f"step {step} skipped: {result.skipped}; parameters unchanged")
         if self.guard.exhausted:
-            good = (
-                f"the last checkpoint is of step {self.saved_step}" if self.saved_step > 0 else "nothing was saved yet"
-            )
             raise UserError(
-                f"{self.guard.limit} bad steps in a row up to step {step} ({result.skipped}); {good}; lower optimizer.lr "
-                "or look at the data"
+                f"{self.guard.limit} bad steps in a row up to step {step} ({result.skipped}); {self._last_good()}; lower "
+                "optimizer.lr or look at the data"
             )
+
+    def _last_good(self) -> str:
+        return f"last good: step {self.saved_step}" if self.saved_step > 0 else "nothing was saved yet"
 
     def _validate(self, step: int, logger: MetricsLogger | None) -> None:
         run, train = self.run, self.config.train
@@ -136,14 +137,23 @@ class Trainer:
             losses = {domain: result.loss for domain, result in found.items()}
             logger.log_valid(step, losses, step * train.global_batch)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, must: bool) -> None:
+        """Save, every rank waiting for it; a failure is a warning, unless the save `must` succeed."""
         if self.dir is None:
             return
+        problem = ""
         if self.run.mesh.rank == 0:
-            folder = save(self.run, self.dir, step, self.guard)
-            log.info(f"saved {folder}")
-        broadcast_object("saved")  # no rank runs on, or ends, before the checkpoint is whole
-        self.saved_step = step
+            try:
+                log.info(f"saved {save(self.run, self.dir, step, self.guard)}")
+            except CheckpointError as error:
+                problem = str(error)
+        problem = broadcast_object(problem)  # no rank runs on, or ends, before the checkpoint is whole
+        if not problem:
+            self.saved_step = step
+        elif must or self.config.checkpoint.save_fail == "stop":
+            raise CheckpointError(f"{problem}; {self._last_good()}")
+        else:
+            log.warning(f"{problem}; training continues, {self._last_good()}")
 
     def _logger(self, first: int) -> MetricsLogger:
         run, logging_config = self.run, self.config.logging
