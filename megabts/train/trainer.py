@@ -113,8 +113,8 @@ class Trainer:
         log.warning(f"step {step} skipped: {result.skipped}; parameters unchanged")
         if self.guard.exhausted:
             raise UserError(
-                f"{self.guard.limit} bad steps in a row up to step {step} ({result.skipped}); {self._last_good()}; lower "
-                "optimizer.lr or look at the data"
+                f"{self.guard.limit} bad steps in a row up to step {step} ({result.skipped}); {self._last_good()}; "
+                "lower optimizer.lr or look at the data"
             )
 
     def _last_good(self) -> str:
