@@ -8,6 +8,7 @@ differences.
 """
 
 import argparse
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,7 @@ def choose_tokenizer(args: argparse.Namespace) -> "Tokenizer":
 def main() -> None:
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job manager's stop cleans up as Ctrl-C does
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # inherited by the workers: the processes are the parallelism
     from megabts.data.ordered_map import available_cores
     from megabts.data.preprocess import PreprocessOptions, preprocess
 

@@ -248,7 +248,7 @@ def test_flipped_bits_of_an_index_never_crash(tmp_path: Path) -> None:
     (tmp_path / "d.bin").write_bytes((GOLDEN / "a.bin").read_bytes())
     generator = random.Random(0)
     silent = 0
-    for _ in range(1000):
+    for _ in range(400):
         bit = generator.randrange(8 * len(index))
         damaged = bytearray(index)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -266,4 +266,4 @@ def test_flipped_bits_of_an_index_never_crash(tmp_path: Path) -> None:
         assert dataset.num_tokens == 59
         if bit // 8 == 17:  # uint16 read as int16: the only other flip that keeps all sizes
             pytest.fail("a changed token type went unseen")
-    assert silent < 60
+    assert silent < 30
