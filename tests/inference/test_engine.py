@@ -1,0 +1,183 @@
+"""The fast path against the slow one, against transformers, and against single rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from megabts.checkpoint.hf import config_from_hf, weights_from_hf
+from megabts.config.model import ModelConfig
+from megabts.errors import UsageError, UserError
+from megabts.inference.engine import Decoding, GenerationSettings, generate, generate_uncached, score
+from megabts.model.decoder import Decoder
+from megabts.model.torch_backend import TorchBackend
+from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.sharding import load_full, named_metas
+from tests.inference.models import MODELS, build, dense, stitched
+
+HUB = Path(__file__).parent.parent / "golden" / "bts" / "members" / "hub"
+PROMPTS = [[5, 17, 42, 3, 60, 8, 1], [9], [33, 33, 7, 21]]
+GREEDY = GenerationSettings(max_new_tokens=12)
+SAMPLED = GenerationSettings(max_new_tokens=12, temperature=1.3, top_k=30, top_p=0.95, seed=4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_cached_is_uncached_token_for_token(name: str, settings: GenerationSettings) -> None:
+    model = build(name)
+    fast, slow = generate(model, PROMPTS, settings), generate_uncached(model, PROMPTS, settings)
+    assert fast == slow
+    assert [len(row) for row in fast] == [12, 12, 12]
+    assert len({token for row in fast for token in row}) > 5  # not one token over and over
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0], PROMPTS[0][::-1]]], ids=["ragged", "even"])
+def test_logits_of_every_step(name: str, prompts: list[list[int]]) -> None:
+    model = build(name)
+    model.train(False)
+    texts = [[*prompt, 11, 12, 13, 14] for prompt in prompts]
+    with torch.inference_mode():
+        whole = [score(model, text) for text in texts]
+        decoding = Decoding(model, prompts, 5)
+        check_step(decoding.extend(decoding.prompts), whole, prompts, 0)
+        for step, token in enumerate([11, 12, 13, 14], 1):
+            check_step(decoding.extend(torch.full((len(prompts), 1), token)), whole, prompts, step)
+
+
+def check_step(logits: Tensor, whole: Sequence[Tensor], prompts: Sequence[Sequence[int]], step: int) -> None:
+    expected = torch.stack([row[len(prompt) - 1 + step] for row, prompt in zip(whole, prompts, strict=True)])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("prompts", [[PROMPTS[0]], [PROMPTS[0], PROMPTS[2]]], ids=["one", "ragged"])
+def test_several_tokens_after_the_first(prompts: list[list[int]]) -> None:
+    """A prompt may also come in pieces: the mask is then causal from the piece's place on."""
+    model = dense()
+    with torch.inference_mode():
+        whole = Decoding(model, prompts, 1)
+        expected = whole.extend(whole.prompts)
+        pieces = Decoding(model, prompts, 1)
+        for piece in pieces.prompts.split([2, 4, 1], 1):
+            logits = pieces.extend(piece)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_seen_by_nobody_but_itself() -> None:
+    """And no query is left with nothing to look at: a backend may make NaN of that."""
+    decoding = Decoding(dense(), [[1, 2, 3], [4]], 1)
+    mask = decoding._mask(torch.arange(3))
+    assert mask is not None
+    assert mask[:, 0].int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]]
+
+
+@pytest.mark.parametrize("name", ["dense-gqa", "bts-alternating"])
+def test_a_batch_is_its_rows(name: str) -> None:
+    model = build(name)
+    together = generate(model, PROMPTS, GREEDY)
+    assert together == [generate(model, [prompt], GREEDY)[0] for prompt in PROMPTS]
+    # Sampling too is a row's own affair: neither the neighbours nor their end change it.
+    sampled = generate(model, PROMPTS, SAMPLED)
+    assert generate(model, [PROMPTS[0], [1, 2]], SAMPLED)[0] == sampled[0]
+    assert generate(model, PROMPTS, GenerationSettings(12, 1.3, 30, 0.95, seed=5)) != sampled
+
+
+def test_greedy_is_what_transformers_generates() -> None:
+    mesh = ParallelMesh()
+    model = Decoder(ModelConfig(**config_from_hf(HUB)), TorchBackend(torch.float32, "cpu", mesh.tp), mesh.tp)
+    load_full(named_metas(model), weights_from_hf(HUB), mesh, str(HUB))
+    reference: Any = LlamaForCausalLM.from_pretrained(HUB, dtype=torch.float32)
+    prompts = [[1, 5, 90, 33, 7], [64, 2, 11, 80, 80]]
+    expected = reference.generate(
+        torch.tensor(prompts), attention_mask=torch.ones(2, 5), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    found = generate(model, prompts, GenerationSettings(max_new_tokens=24))
+    assert found == expected[:, 5:].tolist()
+
+
+def test_stop_ids_end_a_row_and_are_not_returned() -> None:
+    model = dense()
+    free = generate(model, PROMPTS, GREEDY)
+    stop = free[0][3]
+    cut = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert len(cut[0]) < len(max(cut, key=len))
+    settings = GenerationSettings(max_new_tokens=12, stop_ids=(stop,))
+    assert generate(model, PROMPTS, settings) == generate_uncached(model, PROMPTS, settings) == cut
+
+
+def test_streams_every_token_once() -> None:
+    streamed: list[list[int]] = [[], [], []]
+    free = generate(dense(), PROMPTS, GREEDY)
+    settings = GenerationSettings(max_new_tokens=12, stop_ids=(free[0][3],))
+    result = generate(dense(), PROMPTS, settings, lambda row, token: streamed[row].append(token))
+    assert streamed == result
+
+
+def test_ids_beyond_the_tokenizers_are_not_chosen() -> None:
+    settings = GenerationSettings(max_new_tokens=12, temperature=5.0, num_ids=7)
+    tokens = {token for row in generate(dense(), PROMPTS, settings) for token in row}
+    assert tokens <= set(range(7))
+    assert len(tokens) > 3
+
+
+def test_capacity() -> None:
+    model = dense()  # max_seq_len 48
+    assert len(generate(model, [[1] * 36, [2]], GREEDY)[0]) == 12
+    with pytest.raises(UserError, match="prompt 2 has 37 tokens, with 12 new ones 49: more than the model's 48"):
+        generate(model, [[2], [1] * 37], GREEDY)
+    with pytest.raises(UserError, match="49: more than"):
+        generate_uncached(model, [[1] * 37], GREEDY)
+
+
+def test_prompts_that_cannot_be() -> None:
+    model = dense()
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        generate(model, [[1], []], GREEDY)
+    with pytest.raises(UserError, match="prompt 1 has token 61, the model's vocabulary ends at 60"):
+        generate(model, [[3, 61]], GREEDY)
+    assert generate(model, [], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"num_ids": -1},
+    ],
+)
+def test_settings_that_cannot_be_meant(settings: dict) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(settings))} is "):
+        GenerationSettings(**settings)
+
+
+def test_a_diverged_model_is_named() -> None:
+    model = dense()
+    dict(model.named_parameters())["final_norm.weight"].data[0] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(model, PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_as_before_and_dropout_off(training: bool) -> None:
+    model = stitched(num_stitch_layers=2)
+    model.train(training)
+    first = generate(model, PROMPTS, GREEDY)
+    assert all(module.training is training for module in model.modules())
+
+    def fail(row: int, token: int) -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        generate(model, PROMPTS, GREEDY, fail)
+    assert model.training is training
+    assert not torch.is_inference_mode_enabled()
+    assert generate(model, PROMPTS, GREEDY) == first
