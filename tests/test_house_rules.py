@@ -32,6 +32,7 @@ LAYERS = (
     ("inference",),
     ("evaluation", "train"),
     ("viz",),
+    ("experiment",),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 

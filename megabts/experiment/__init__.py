@@ -1,0 +1,1 @@
+"""Whole experiments as stages: corpora, seed, experts, stitch, evaluation, report."""
