@@ -39,10 +39,10 @@ class Backend(Protocol):
         ...
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Scaled dot-product attention, causal when `mask` is None.
+        """Scaled dot-product attention; causal when `mask` is None, the queries being the last s of t positions.
 
-        query [s, b, heads, hd]; key, value [t, b, kv_heads, hd]; mask bool, broadcastable to [b, heads, s, t], true
-        where attention is allowed. Returns [s, b, heads * hd].
+        query [s, b, heads, hd]; key, value [t, b, kv_heads, hd]; mask bool [b or 1, 1, s, t], true where attention is
+        allowed (somewhere for every query). Returns [s, b, heads * hd].
         """
         ...
 
