@@ -26,12 +26,12 @@ def all_gather(x: Tensor, axis: Axis, dim: int, sizes: list[int]) -> Tensor:
     """Concatenate the ranks' `x` along `dim`; `sizes` are the ranks' extents there (they may differ)."""
     if axis.size == 1:
         return x
-    shapes = [list(x.shape) for _ in sizes]
-    for shape, size in zip(shapes, sizes, strict=True):
-        shape[dim] = size
-    parts = [x.new_empty(shape) for shape in shapes]
-    dist.all_gather(parts, x.contiguous(), group=axis.group)
-    return torch.cat(parts, dim)
+    rows = x.movedim(dim, 0)
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # gloo gathers equal shapes only
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=axis.group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
 
 class _Copy(torch.autograd.Function):

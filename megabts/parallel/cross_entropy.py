@@ -19,11 +19,13 @@ from megabts.parallel.mesh import Axis
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, tp: Axis, first: int, chunk: int = 1024
 ) -> Tensor:
-    """Sum of the masked positions' cross-entropy, in nats (float32 scalar).
+    """Sum of the masked positions' cross-entropy, in nats (float32 scalar; float64 for float64).
 
     hidden [T, D]; weight [V/tp, D], rows first.. of the vocabulary; labels [T] token ids; mask [T], 1 counts and 0
     does not.
     """
+    if not torch.is_grad_enabled():  # the gradient is formed in forward: evaluation must not pay for it
+        hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, mask, tp, first, chunk)
     return loss
 

@@ -83,7 +83,8 @@ def _share(count: int, axis: Axis) -> tuple[int, int]:
         mine = axis.rank * count // axis.size
         return mine, mine + 1
     raise UsageError(
-        f"parallel.{axis.name} degree {axis.size} neither divides nor is a multiple of {count} heads or columns"
+        f"{axis.name} degree {axis.size} neither divides nor is a multiple of {count} heads or columns; "
+        "choose another degree in section parallel"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megabts.errors import UsageError
 from megabts.parallel.collectives import all_gather, copy, reduce
 from megabts.parallel.cross_entropy import linear_cross_entropy
 from megabts.parallel.mesh import Axis
@@ -45,10 +46,17 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """y = x W^T with W [out, in] split by columns; input split, output whole."""
+    """y = x W^T with W [out, in] split by columns; input split, output whole.
+
+    Raises UsageError when there are fewer columns (or heads of them) than ranks.
+    """
 
     def __init__(self, weight: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        if weight.local_shape(tp)[1] * tp.size != weight.shape[1]:
+            # Ranks that hold the same columns would add the same products twice.
+            units = weight.shape[1] // weight.unit
+            raise UsageError(f"parallel.tensor {tp.size} is more than the {units} heads or columns there are to share")
         self.tp = tp
         self.metas = {"weight": weight}
         self.weight = _parameter(weight, tp, dtype, device)
@@ -59,7 +67,10 @@ class RowLinear(nn.Module):
 
 
 class Vocabulary(nn.Module):
-    """A matrix [V, D] with a row for each token id, split by rows: the embedding, the head, or both when tied."""
+    """A matrix [V, D] with a row for each token id, split by rows: the embedding, the head, or both when tied.
+
+    Raises UsageError when a rank would hold no row.
+    """
 
     def __init__(
         self, vocab_size: int, hidden_size: int, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
@@ -67,6 +78,8 @@ class Vocabulary(nn.Module):
         super().__init__()
         self.tp = tp
         self.sizes = [b - a for a, b in (vocab_range(vocab_size, replace(tp, rank=r)) for r in range(tp.size))]
+        if 0 in self.sizes:
+            raise UsageError(f"parallel.tensor {tp.size} is too much for a vocabulary of {vocab_size}: a rank has none")
         self.first = vocab_range(vocab_size, tp)[0]
         meta = VocabMeta((vocab_size, hidden_size), "normal", std, dim=0)
         self.metas = {"weight": meta}
@@ -91,7 +104,7 @@ class Vocabulary(nn.Module):
 
 
 class VocabMeta(ParamMeta):
-    """A [V, D] parameter split by rows in blocks of ceil(V / tp), the last ones shorter or empty."""
+    """A [V, D] parameter split by rows in blocks of ceil(V / tp), the last one shorter."""
 
     def slices(self, axis: Axis) -> list[tuple[int, int]]:
         """The one block of rows that `axis.rank` holds."""

@@ -1,0 +1,139 @@
+"""The rank grid: its order, its arithmetic, its groups on real ranks, and collectives with their duals."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megabts.config.run import ParallelConfig
+from megabts.errors import UsageError
+from megabts.parallel.collectives import all_gather, all_reduce, broadcast_object, copy, reduce
+from megabts.parallel.mesh import AXES, Axis, ParallelMesh, build_mesh, degrees
+from tests.ranks import RankError, run_ranks
+
+
+def test_one_rank_has_four_axes_of_one() -> None:
+    mesh = build_mesh(ParallelConfig(), 1, 0)
+    assert mesh == ParallelMesh()
+    assert (mesh.world_size, mesh.rank) == (1, 0)
+
+
+def test_dp_takes_what_the_others_leave() -> None:
+    assert degrees(ParallelConfig(tensor=2, pipeline=3, expert=4), 48) == (3, 2, 4, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 6, 20])
+def test_degrees_that_do_not_fit_are_refused_with_the_arithmetic(world_size: int) -> None:
+    message = (
+        rf"parallel.pipeline 2 x .*expert 2 x .*tensor 2 = 8 does not divide the {world_size} ranks.* multiple of 8"
+    )
+    with pytest.raises(UsageError, match=message):
+        degrees(ParallelConfig(tensor=2, pipeline=2, expert=2), world_size)
+
+
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "expert"])
+def test_a_degree_below_one_is_refused(name: str) -> None:
+    zero: dict[str, Any] = {name: 0}
+    with pytest.raises(UsageError, match=f"parallel.{name} is 0; it must be at least 1"):
+        degrees(ParallelConfig(**zero), 4)
+
+
+def test_rank_number_has_tp_fastest() -> None:
+    sizes = (2, 3, 2, 2)
+    for number, place in enumerate(product(*map(range, sizes))):
+        axes = {name: Axis(name, size, at) for name, size, at in zip(AXES, sizes, place)}
+        assert ParallelMesh(**axes).rank == number
+
+
+GRIDS: list[dict[str, Any]] = [
+    {"tensor": 2},
+    {"tensor": 2, "expert": 2},
+    {"pipeline": 2, "tensor": 2},
+    {"pipeline": 2},
+    {"expert": 4},
+]
+
+
+def show_groups(rank: int) -> list[dict[str, Any]]:
+    """For each grid: the global ranks of this rank's groups by axis, its place there, and its number."""
+    found = []
+    for grid in GRIDS:
+        mesh = build_mesh(ParallelConfig(**grid), 4, rank)
+        shown: dict[str, Any] = {"rank": mesh.rank, "world": mesh.world_size}
+        for name in AXES:
+            axis = mesh.axis(name)
+            members = [rank] if axis.group is None else dist.get_process_group_ranks(axis.group)
+            total = all_reduce(torch.tensor([10.0**rank]), axis)
+            shown[name] = (members, members[axis.rank], axis.size, int(total))
+        found.append(shown)
+    return found
+
+
+def test_groups_of_four_real_ranks() -> None:
+    expected = {  # the ranks of each line, by grid and axis
+        0: {"tp": [[0, 1], [2, 3]], "dp": [[0, 2], [1, 3]]},
+        1: {"tp": [[0, 1], [2, 3]], "ep": [[0, 2], [1, 3]]},
+        2: {"tp": [[0, 1], [2, 3]], "pp": [[0, 2], [1, 3]]},
+        3: {"dp": [[0, 1], [2, 3]], "pp": [[0, 2], [1, 3]]},
+        4: {"ep": [[0, 1, 2, 3]]},
+    }
+    for rank, grids in enumerate(run_ranks(4, show_groups)):
+        for number, shown in enumerate(grids):
+            assert (shown["rank"], shown["world"]) == (rank, 4)
+            for name in AXES:
+                line = next((x for x in expected[number].get(name, []) if rank in x), [rank])
+                assert shown[name] == (line, rank, len(line), sum(10**r for r in line)), (GRIDS[number], name)
+
+
+def wait_in_vain(rank: int) -> None:
+    axis = build_mesh(ParallelConfig(tensor=2, timeout=2), 2, rank).tp
+    if rank == 0:
+        all_reduce(torch.ones(1), axis)
+
+
+def test_a_group_gives_up_after_the_configured_time() -> None:
+    with pytest.raises(RankError, match=r"(?si)rank 0: .*(timed out|timeout)"):
+        run_ranks(2, wait_in_vain, timeout=40)
+
+
+def use_collectives(rank: int) -> dict[str, Tensor]:
+    axis = build_mesh(ParallelConfig(tensor=3), 3, rank).tp
+    x = torch.full((2,), float(rank + 1), requires_grad=True)
+    weight = rank + 1.0
+    copied, reduced = copy(x, axis), reduce(x, axis)
+    (copied_grad,) = torch.autograd.grad((copied * weight).sum(), x)
+    (reduced_grad,) = torch.autograd.grad((reduced * weight).sum(), x)
+    sizes = [2, 1, 3]
+    part = torch.full((2, sizes[rank]), float(rank))
+    largest = all_reduce(torch.tensor([float(rank)]), axis, dist.ReduceOp.MAX)
+    return {
+        "copied": copied.detach(),
+        "copied_grad": copied_grad,
+        "reduced": reduced.detach(),
+        "reduced_grad": reduced_grad,
+        "input": x.detach(),
+        "gathered": all_gather(part, axis, 1, sizes),
+        "largest": largest,
+        "object": torch.tensor(broadcast_object([rank + 7])),
+    }
+
+
+def test_collectives_and_their_duals() -> None:
+    for rank, found in enumerate(run_ranks(3, use_collectives)):
+        assert found["input"].tolist() == [rank + 1.0] * 2
+        assert found["copied"].tolist() == [rank + 1.0] * 2
+        assert found["copied_grad"].tolist() == [6.0, 6.0]
+        assert found["reduced"].tolist() == [6.0, 6.0]
+        assert found["reduced_grad"].tolist() == [rank + 1.0] * 2
+        assert found["gathered"].tolist() == [[0, 0, 1, 2, 2, 2]] * 2
+        assert found["largest"].item() == 2
+        assert found["object"].tolist() == [7]
+
+
+def test_one_rank_needs_no_communication() -> None:
+    axis, x = Axis("tp"), torch.ones(2)
+    assert all(y is x for y in (all_reduce(x, axis), all_gather(x, axis, 0, [2]), copy(x, axis), reduce(x, axis)))
+    assert broadcast_object("x") == "x"
