@@ -97,6 +97,10 @@ class MasterAdamW:
                 f"the optimizer state does not fit the trainable parameters: {differing[:3]} on one side only"
             )
         for name, view in mine.items():
+            if tensors[name].shape != view.shape:
+                theirs = tuple(tensors[name].shape)
+                raise UserError(f"the optimizer state does not fit: {name} is {theirs}, here {tuple(view.shape)}")
+        for name, view in mine.items():
             view.copy_(tensors[name])
         self._set_state(steps)
         if self.parameters:

@@ -1,0 +1,218 @@
+"""AdamW on flat masters against torch.optim.AdamW; low precision, frozen parts, resume; data parallel ranks."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megabts.config.run import OptimizerConfig, ParallelConfig
+from megabts.errors import UserError
+from megabts.model.decoder import Decoder, sequence_loss
+from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled, lr_scale
+from megabts.optimizer.clip import clip_gradients
+from megabts.parallel.ddp import GradientBuffer
+from megabts.parallel.mesh import Axis, build_mesh
+from tests.model.models import batch, decoder, distance
+from tests.ranks import run_ranks
+
+ONE = Axis("dp")
+STEPS = 5
+
+
+def small(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3, bias=False))
+    return model.to(dtype)
+
+
+def gradient_of(model: nn.Module, step: int) -> None:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+    (model(x).square().sum() * (step + 1)).backward()
+
+
+def train(
+    model: nn.Module, config: OptimizerConfig, steps: Iterable[int], optimizer: MasterAdamW | None = None
+) -> MasterAdamW:
+    optimizer = optimizer or MasterAdamW(model.named_parameters(), config, ONE)
+    for step in steps:
+        optimizer.gradients.zero()
+        gradient_of(model, step)
+        optimizer.step(rate(step))
+    return optimizer
+
+
+def rate(step: int) -> float:
+    return 0.01 / (step + 1)
+
+
+def test_ten_steps_equal_torch() -> None:
+    """Its decay is of matrices only, its learning rates scaled by name."""
+    config = OptimizerConfig(weight_decay=0.3, lr_scale={"3.*": 0.5})
+    ours, theirs = small(), small()
+    train(ours, config, range(10))
+
+    named = dict(theirs.named_parameters())
+    groups = [
+        {"params": [p], "weight_decay": 0.3 if p.dim() > 1 else 0.0, "scale": 0.5 if n.startswith("3.") else 1.0}
+        for n, p in named.items()
+    ]
+    plain = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, foreach=False)
+    for step in range(10):
+        plain.zero_grad()
+        gradient_of(theirs, step)
+        for group in plain.param_groups:
+            group["lr"] = rate(step) * group["scale"]
+        plain.step()
+    for name, parameter in ours.named_parameters():
+        assert distance(parameter, named[name]) < 2e-6, name
+
+
+def test_only_matrices_decay() -> None:
+    model = small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(weight_decay=0.5), ONE)
+    optimizer.step(0.1)  # without gradients only decay moves anything
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * (0.95 if parameter.dim() > 1 else 1.0))
+
+
+def test_updates_below_bfloat16_resolution_accumulate_in_the_masters() -> None:
+    model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
+    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(weight_decay=0.0), ONE)
+    values = []
+    for _ in range(100):  # each step moves by 1e-4; bfloat16 near 1 has steps of 4e-3
+        optimizer.gradients.zero()
+        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step(1e-4)
+        values.append(model.weight[0, 0].item())
+    assert values[0] == 1.0
+    assert values[-1] == pytest.approx(0.99, abs=0.003)
+    torch.testing.assert_close(optimizer.master, torch.full((16,), 0.99), atol=1e-5, rtol=0)
+    assert model.weight.dtype == torch.bfloat16
+
+
+def test_gradients_of_low_precision_accumulate_in_float32() -> None:
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    buffer = GradientBuffer([weight], ONE)
+    for value in [256.0] + [1.0] * 8:  # in bfloat16 256 + 1 is 256
+        (weight * value).sum().backward()
+        assert weight.grad is None
+    assert buffer.flat.tolist() == [264.0]
+    buffer.zero()
+    assert buffer.views[0].tolist() == [0.0]
+
+
+def test_double_precision_stays_double() -> None:
+    model = small(torch.float64)
+    assert train(model, OptimizerConfig(), range(2)).master.dtype == torch.float64
+
+
+def test_first_matching_pattern_scales() -> None:
+    config = OptimizerConfig(lr_scale={"layers.0.*": 0.1, "layers.*": 0.5})
+    names = ["layers.0.mlp", "layers.1.mlp", "head"]
+    assert [lr_scale(name, config) for name in names] == [0.1, 0.5, 1.0]
+
+
+def test_scale_zero_freezes() -> None:
+    model, config = small(), OptimizerConfig(lr_scale={"0.*": 0, "2.bias": 0})
+    freeze_unscaled(model, config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = train(model, config, range(3))
+    frozen = {"0.weight", "0.bias", "2.bias"}
+    assert set(optimizer.names) == before.keys() - frozen
+    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == frozen
+
+
+def test_a_pattern_without_a_parameter_is_refused() -> None:
+    with pytest.raises(UserError, match=r"pattern 'hed\.\*' matches no parameter; names are like 3\.weight"):
+        freeze_unscaled(small(), OptimizerConfig(lr_scale={"hed.*": 0.1}))
+
+
+def test_nothing_to_train_is_not_an_error() -> None:
+    model = small().requires_grad_(False)
+    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(), ONE)
+    optimizer.step(0.1)
+    optimizer.load_state_dict(optimizer.state_dict(), 1)
+    assert optimizer.state_dict() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_training_is_bit_equal(dtype: torch.dtype) -> None:
+    config = OptimizerConfig(lr_scale={"3.*": 0.5})
+    whole = small(dtype)
+    expected = train(whole, config, range(6)).state_dict()
+
+    first, second = small(dtype), small(dtype)
+    saved = {name: x.clone() for name, x in train(first, config, range(3)).state_dict().items()}
+    assert set(saved) == {f"{k}.{n}" for k in ("master", "exp_avg", "exp_avg_sq") for n, _ in first.named_parameters()}
+    optimizer = train(second, config, range(1))  # another state, to be forgotten
+    optimizer.load_state_dict(saved, 3)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
+
+    train(second, config, range(3, 6), optimizer)
+    assert all(torch.equal(x, expected[name]) for name, x in optimizer.state_dict().items())
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters()))
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    def without(name: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda state: state.pop(name)
+
+    cases: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+        (without("master.0.bias"), r"\['master.0.bias'\] on one side only"),
+        (lambda state: state.update({"master.new": torch.ones(1)}), r"\['master.new'\] on one side only"),
+        (lambda state: state.update({"exp_avg.0.bias": torch.ones(1)}), r"exp_avg.0.bias is \(1,\), here \(8,\)"),
+    ]
+    for damage, message in cases:
+        optimizer = train(small(), OptimizerConfig(), range(2))
+        before = optimizer.master.clone()
+        state = {name: torch.zeros_like(x) for name, x in optimizer.state_dict().items()}
+        damage(state)
+        with pytest.raises(UserError, match=message):
+            optimizer.load_state_dict(state, 1)
+        assert torch.equal(optimizer.master, before)
+
+
+def train_decoder(dp: Axis, micro_batches: int, **sizes: Any) -> dict[str, Tensor]:
+    """The parameters after STEPS steps on 8 samples a step, this rank's share in micro-batches."""
+    model: Decoder = decoder(**sizes)
+    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(eps=1e-4), dp)
+    share = 8 // dp.size
+    for _ in range(STEPS):
+        tokens, labels, mask = batch(size=8)
+        count = mask.sum()
+        mine = slice(dp.rank * share, (dp.rank + 1) * share)
+        optimizer.gradients.zero()
+        for part in zip(*(x[mine].chunk(micro_batches) for x in (tokens, labels, mask))):
+            (sequence_loss(model, *part) / count).backward()
+        optimizer.gradients.sync()
+        clip_gradients(optimizer.gradients.flat, 1.0)
+        optimizer.step(0.01)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def on_rank(rank: int, size: int) -> list[dict[str, Tensor]]:
+    dp = build_mesh(ParallelConfig(), size, rank).dp
+    return [train_decoder(dp, 1), train_decoder(dp, 2, tie_embeddings=True)]
+
+
+def test_data_parallel_ranks_equal_one_rank_with_the_whole_batch() -> None:
+    ranks = run_ranks(2, on_rank, 2)
+    cases: list[dict[str, Any]] = [{}, {"tie_embeddings": True}]
+    for case, sizes in enumerate(cases):
+        expected = train_decoder(ONE, 1, **sizes)
+        start = dict(decoder(**sizes).named_parameters())
+        for name, parameter in expected.items():
+            assert torch.equal(ranks[0][case][name], ranks[1][case][name])
+            assert distance(ranks[0][case][name], parameter) < 2e-6, name
+            assert distance(start[name], parameter) > 1e-3
+
+
+def test_accumulated_micro_batches_equal_one_batch() -> None:
+    expected = train_decoder(ONE, 1)
+    for micro_batches in (2, 8):
+        for name, parameter in train_decoder(ONE, micro_batches).items():
+            assert distance(parameter, expected[name]) < 2e-6, name
