@@ -74,9 +74,9 @@ def stop_communication() -> None:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products run natively (GPU tensor cores; AMX or AVX512-BF16 on CPU)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(probe and probe() for probe in probes)
 
 
 def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
