@@ -135,7 +135,8 @@ class SpikeGuard:
     """Says which steps to skip: loss or gradient norm not finite, or far above their recent values.
 
     The loss is judged as it is with a standard deviation of at least 1% of its mean, the gradient norm by its
-    logarithm (its noise is multiplicative) with at least 5%. Skipped steps do not enter the statistics.
+    logarithm (its noise is multiplicative, and clipping tames it) with at least 25%. Skipped steps do not enter the
+    statistics.
     """
 
     sigma: float = 6.0
@@ -183,7 +184,7 @@ class SpikeGuard:
             if deviations > self.sigma:
                 return f"loss {loss:.4g} is {deviations:.1f} sigma above its mean {self.loss.mean:.4g}"
         if self.log_grad_norm.count >= self.min_steps and grad_norm > 0:
-            deviations = self.log_grad_norm.deviations(math.log(grad_norm), 0.05)
+            deviations = self.log_grad_norm.deviations(math.log(grad_norm), 0.25)
             if deviations > self.sigma:
                 usual = math.exp(self.log_grad_norm.mean)
                 return f"gradient norm {grad_norm:.4g} is {deviations:.1f} sigma above its usual {usual:.4g}"
