@@ -3,7 +3,8 @@
 python tools/evaluate.py --checkpoint runs/bts --data code=data/code_valid_text_document math=data/math_valid
 
 The checkpoint may be of any method, or a Hugging Face Llama folder. Without --data the run's own validation sets are
-read. Windows follow one another and do not overlap, so every token is predicted once.
+read. Windows follow one another and do not overlap, so every token is predicted once; the run's data.eod_mask_loss
+holds here too.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from megabts.errors import UsageError, run_tool
+from megabts.errors import UsageError, UserError, run_tool
 
 
 def main() -> None:
@@ -26,6 +27,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="tokenizer the data must have been made with (default: the checkpoint's)")
     parser.add_argument("--json", type=Path, metavar="F", help="also write {domain: {loss, perplexity, ...}} to F")
     args = parser.parse_args()
+    for flag in ("seq_length", "samples", "micro_batch"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
 
     from megabts.build import load_model
     from megabts.data.build import build_valid_datasets
@@ -51,10 +55,27 @@ def main() -> None:
     if not sets:
         raise UsageError("the run has no validation sets; give --data DOMAIN=PREFIX ...")
     eod = tokenizer.eod_id if tokenizer and tokenizer.has_eod else None
-    results = domain_losses(loaded.model, sets, micro_batch=args.micro_batch, dp=mesh.dp, device=device, eod_id=eod)
+    results = domain_losses(
+        loaded.model,
+        sets,
+        micro_batch=args.micro_batch,
+        dp=mesh.dp,
+        device=device,
+        eod_id=eod,
+        eod_mask_loss=data.eod_mask_loss,
+    )
     print(losses_table(results))
     if args.json:
-        args.json.write_text(json.dumps(losses_json(results), indent=2) + "\n")
+        write_json(args.json, losses_json(results))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, with its folder. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 
 
 def named_prefixes(items: list[str]) -> dict[str, str]:

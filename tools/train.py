@@ -7,26 +7,27 @@ import sys
 
 from megabts.config.load import difference, explicit_keys, load_config
 from megabts.errors import run_tool
+from megabts.runtime.failure import told_once
 
 
 def main() -> int:
     """Config, ranks, model and data, trainer, fit."""
-    config = load_config(sys.argv[1:])
-    from megabts.runtime.device import Launch, stop_communication
-    from megabts.runtime.log import configure_logging
-    from megabts.train.setup import adopt_sizes, build_run, start_ranks
-    from megabts.train.trainer import Trainer
+    with told_once():
+        config = load_config(sys.argv[1:])
+        from megabts.runtime.device import Launch, stop_communication
+        from megabts.runtime.log import configure_logging
+        from megabts.train.setup import adopt_sizes, build_run, start_ranks
+        from megabts.train.trainer import Trainer
 
-    launch = Launch.from_environment()
-    configure_logging(launch.rank)
-    config = adopt_sizes(config, explicit_keys(sys.argv[1:]))
-    if launch.rank == 0:
-        print(difference(config), flush=True)
-    mesh, device = start_ranks(config, launch)
-    try:
-        return Trainer(build_run(config, mesh, device)).fit()
-    finally:
+        launch = Launch.from_environment()
+        configure_logging(launch.rank)
+        config = adopt_sizes(config, explicit_keys(sys.argv[1:]))
+        if launch.rank == 0:
+            print(difference(config), flush=True)
+        mesh, device = start_ranks(config, launch)
+        code = Trainer(build_run(config, mesh, device)).fit()
         stop_communication()
+        return code
 
 
 if __name__ == "__main__":

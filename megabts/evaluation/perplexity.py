@@ -18,7 +18,7 @@ class DomainLoss:
     """One domain's validation result."""
 
     loss: float
-    """Mean cross-entropy, nats per token."""
+    """Mean cross-entropy, nats per token; not a number when every token is masked."""
     tokens: int
     """Tokens predicted."""
     bytes_per_token: float | None
@@ -69,7 +69,7 @@ def domain_losses(
             total[0] += batch_loss(model, batch, device).double()
             total[1] += float(batch.loss_mask.sum())
         loss, tokens = all_reduce(total, dp).tolist()
-        results[domain] = DomainLoss(loss / tokens, int(tokens), windows.bytes_per_token)
+        results[domain] = DomainLoss(loss / tokens if tokens else math.nan, int(tokens), windows.bytes_per_token)
     model.train(True)
     return results
 

@@ -1,15 +1,17 @@
 """Everything a run needs, built once from its configuration and passed on: mesh, model, data, optimizer."""
 
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from megabts.bts.build import open_members
 from megabts.build import Built, LoadedModel, describe, load_model, make_backend, new_model
 from megabts.checkpoint.manifest import MemberRecord
-from megabts.config.methods import HUB
+from megabts.checkpoint.source import TOKENIZER_FOLDER
+from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.config.run import RunConfig
 from megabts.data.build import build_train_dataset, build_valid_datasets, data_hash
@@ -24,8 +26,14 @@ from megabts.tokenizers.protocol import Tokenizer
 
 log = logging.getLogger(__name__)
 
-SHAPE_FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
-"""Model settings that a run may choose anew for weights that exist."""
+MODEL_FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
+"""Model settings that a run may choose anew for weights that exist; by default they stay as they were."""
+BTS_FREE = {"gate_dropout", "trainable"}
+"""The same for the stitches."""
+MEMBERS = {"hub", "experts"}
+"""Settings not compared with a checkpoint's, which knows its members by path and content hash itself."""
+
+Section = TypeVar("Section", ModelConfig, BTSConfig)
 
 
 @dataclass
@@ -69,28 +77,39 @@ def adopt_sizes(config: RunConfig, explicit: set[str]) -> RunConfig:
 
     `explicit`: keys the user gave. Raises UsageError when one of them contradicts the weights.
     """
-    source = config.checkpoint.init_from
-    if source:
-        found, folder, _ = describe(source)
+    if config.checkpoint.init_from:
+        found, folder, _ = describe(config.checkpoint.init_from)
         if "method" in explicit and found.method != config.method:
             raise UsageError(f"method is {config.method}, but {folder} holds a model of method {found.method}")
-        config = replace(config, method=found.method)
-        model, tokenizer = found.model, str(folder / "tokenizer")
-        if found.method == "bts":
-            config = replace(config, bts=replace(found.bts, gate_dropout=config.bts.gate_dropout))
+        model, tokenizer = found.model, _tokenizer_in(folder)
+        bts = _adopt(config.bts, found.bts, "bts", BTS_FREE, explicit, folder)
+        config = replace(config, method=found.method, bts=bts)
     elif config.method == "bts":
         hub = open_members(config.bts)[HUB]
         model, tokenizer, folder = hub.config, hub.tokenizer, hub.folder
     else:
         return config
-    kept = {name: getattr(config.model, name) for name in SHAPE_FREE}
-    for field in fields(ModelConfig):
-        given, has = getattr(config.model, field.name), getattr(model, field.name)
-        if f"model.{field.name}" in explicit and field.name not in SHAPE_FREE and given != has:
-            raise UsageError(f"model.{field.name} is {given}, but the weights in {folder} have {has}; leave it out")
-    if "data.tokenizer" not in explicit and Path(tokenizer).is_dir():
+    if "data.tokenizer" not in explicit and tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
-    return replace(config, model=replace(model, **kept))
+    return replace(config, model=_adopt(config.model, model, "model", MODEL_FREE, explicit, folder))
+
+
+def _adopt(given: Section, found: Section, section: str, free: set[str], explicit: set[str], folder: Path) -> Section:
+    """`found` with the given values of the `free` settings that are explicit; the other explicit ones must agree."""
+    chosen = {name for name in vars(found) if f"{section}.{name}" in explicit}
+    for name in sorted(chosen - free - MEMBERS):
+        asked, has = getattr(given, name), getattr(found, name)
+        if asked != has:
+            raise UsageError(f"{section}.{name} is {asked}, but the weights in {folder} have {has}; leave it out")
+    return replace(found, **{name: getattr(given, name) for name in chosen & free})
+
+
+def _tokenizer_in(folder: Path) -> str:
+    """The tokenizer of a checkpoint or Hugging Face folder, "" when it has none."""
+    inside = folder / TOKENIZER_FOLDER
+    if inside.is_dir():
+        return str(inside)
+    return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 
 def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Run:

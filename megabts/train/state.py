@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megabts.checkpoint.folder import load_tensors
-from megabts.checkpoint.manifest import MODEL_FILE, read_manifest
+from megabts.checkpoint.manifest import MODEL_FILE, CheckpointError, read_manifest
 from megabts.checkpoint.source import CONFIG_FILE, TOKENIZER_FOLDER
 from megabts.checkpoint.storage import save_step
 from megabts.config.load import differing_keys, from_yaml, to_yaml
+from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.sharding import load_full
@@ -35,7 +36,7 @@ FREE = {"data.valid", "data.cache", "data.tokenizer", "model.preset", "bts.hub",
 
 
 def save(run: Run, run_dir: Path, step: int, guard: SpikeGuard) -> Path:
-    """Save the run after `step` steps; every rank calls it and the first one writes. Raises CheckpointError."""
+    """Save the run after `step` steps; for the first rank alone. Raises CheckpointError."""
     config = run.config
     state = {
         "consumed_samples": step * config.train.global_batch,
@@ -58,16 +59,22 @@ def save(run: Run, run_dir: Path, step: int, guard: SpikeGuard) -> Path:
 
 
 def tokenizer_files(run: Run, run_dir: Path) -> dict[str, Path]:
-    """The tokenizer's files, written once beside the run's steps, by their names inside a checkpoint."""
+    """The tokenizer's files, written beside the run's steps, by their names inside a checkpoint.
+
+    Raises CheckpointError when they cannot be written.
+    """
     if run.tokenizer is None:
         return {}
-    folder = run_dir / TOKENIZER_FOLDER
-    if not folder.is_dir():
-        aside = run_dir / f".{TOKENIZER_FOLDER}.tmp"
+    folder, aside = run_dir / TOKENIZER_FOLDER, run_dir / f".{TOKENIZER_FOLDER}.tmp"
+    try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         run.tokenizer.save(aside)
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"tokenizer not saved to {folder}: {error.strerror or error}; check the disk") from error
     return {f"{TOKENIZER_FOLDER}/{path.name}": path for path in sorted(folder.iterdir())}
 
 
@@ -87,8 +94,9 @@ def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
     step = int(manifest.state["step"])
     weights = load_tensors(folder, MODEL_FILE, verify=False)
     load_full(run.model.own_parameters(), weights.items(), run.mesh, str(folder))
-    run.optimizer.load_state_dict(load_tensors(folder, OPTIMIZER_FILE, verify=False), step)
     guard.load_state_dict(manifest.state["guard"])
+    updates = step - guard.skipped
+    run.optimizer.load_state_dict(load_tensors(folder, OPTIMIZER_FILE, verify=False), updates)
     return step
 
 
@@ -100,13 +108,29 @@ def changed_settings(run: Run, folder: Path, state: dict[str, Any]) -> list[str]
         for key, before, after in differing_keys(old, run.config)
         if key.startswith(FIXED) and key not in FREE
     ]
-    changes += _changed("data (files, weights or order)", state["data_hash"][:12], run.data_hash[:12])
+    if state["data_hash"] != run.data_hash:
+        changes += _changed("data.train", _by_name(old), _by_name(run.config)) or [
+            f"data files or their order: {state['data_hash'][:12]} -> {run.data_hash[:12]}"
+        ]
     fingerprint = run.tokenizer.fingerprint if run.tokenizer else ""
-    changes += _changed("tokenizer", state["tokenizer_fingerprint"][:12], fingerprint[:12])
-    recorded = {m.name: m.content_hash[:12] for m in read_manifest(folder).members}
-    changes += _changed("members", recorded, {m.name: m.content_hash[:12] for m in run.members})
+    before = state["tokenizer_fingerprint"]
+    if before != fingerprint:
+        changes += [f"data.tokenizer: {_tokenizer(old, before)} -> {_tokenizer(run.config, fingerprint)}"]
+    recorded = {member.name: member.content_hash[:12] for member in read_manifest(folder).members}
+    present = {member.name: member.content_hash[:12] for member in run.members}
+    for name in {**recorded, **present}:
+        changes += _changed(f"member {name}", recorded.get(name, "none"), present.get(name, "none"))
     return changes
 
 
 def _changed(what: str, before: object, after: object) -> list[str]:
     return [] if before == after else [f"{what}: {before} -> {after}"]
+
+
+def _by_name(config: RunConfig) -> dict[str, float]:
+    """The blend by the datasets' names, which is how it may move to another folder."""
+    return {Path(prefix).name: weight for prefix, weight in config.data.train.items()}
+
+
+def _tokenizer(config: RunConfig, fingerprint: str) -> str:
+    return f"{config.data.tokenizer} (sha {fingerprint[:8]}..)" if fingerprint else "none"

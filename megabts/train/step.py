@@ -48,7 +48,7 @@ def train_step(
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, tokens
     total[1] = float(sum(batch.loss_mask.sum() for batch in batches))
-    tokens = all_reduce(total[1:].clone(), mesh.dp).item()
+    tokens = max(all_reduce(total[1:].clone(), mesh.dp).item(), 1.0)
     optimizer.gradients.zero()
     for batch in batches:
         seed = name_seed(f"dropout of sample {batch.first_sample}", config.train.seed)

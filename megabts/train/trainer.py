@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -42,6 +42,7 @@ class Trainer:
         self.guard = SpikeGuard(sigma=run.config.optimizer.skip_sigma)
         self.flops_per_token = _flops_per_token(run)
         self.saved_step = -1
+        self.metrics_failed = False
         check_schedule(run.config.optimizer, run.config.train.steps)
 
     def fit(self) -> int:
@@ -50,52 +51,71 @@ class Trainer:
         Raises UserError: the run folder is in use or holds another run, or too many steps in a row went bad.
         """
         leads = self.run.mesh.rank == 0
+        steps = self.config.train.steps
         with RunLock(self.dir) if self.dir and leads else nullcontext(), _stop_signals() as stop:
-            first = self._begin()
+            first = self._begin(self._checkpoint_to_continue())
+            if first >= steps:
+                log.info(f"{self.dir} is finished: it has {first} of {steps} steps; nothing to do")
+                return 0
             logger = self._logger(first) if leads else None
             try:
                 return self._loop(first, logger, stop)
             finally:
                 if logger:
-                    logger.close()
+                    with self._metrics_may_fail():
+                        logger.close()
 
-    def _begin(self) -> int:
+    def _checkpoint_to_continue(self) -> str:
+        """The folder that the first rank found in the run folder, on every rank; "" for a new run."""
+        found = ""
+        if self.run.mesh.rank == 0 and self.dir is not None and has_steps(self.dir):
+            if not self.config.checkpoint.resume:
+                raise UserError(
+                    f"{self.dir} holds a run already; continue it with --checkpoint.resume true, or give another "
+                    "--checkpoint.dir"
+                )
+            found = str(resolve(self.dir))
+        return str(broadcast_object(found))
+
+    def _begin(self, folder: str) -> int:
         """The number of steps done already."""
-        if self.dir is None or not has_steps(self.dir):
+        if not folder:
             return 0
-        if not self.config.checkpoint.resume:
-            raise UserError(
-                f"{self.dir} holds a run already; continue it with --checkpoint.resume true, or give another "
-                "--checkpoint.dir"
-            )
-        folder = Path(broadcast_object(str(resolve(self.dir)) if self.run.mesh.rank == 0 else ""))
-        step = self.saved_step = restore(self.run, folder, self.guard)
+        step = self.saved_step = restore(self.run, Path(folder), self.guard)
         log.info(f"resumed from {folder} after step {step}")
         return step
 
     def _loop(self, first: int, logger: MetricsLogger | None, stop: list[int]) -> int:
         run, steps = self.run, self.config.train.steps
-        batches = run.loader.iterate(first * self.config.train.global_batch)
-        for step in range(first, steps):
-            begin = time.perf_counter()
-            micro_batches = next(batches)
-            data_seconds = time.perf_counter() - begin
-            result = train_step(
-                run.model, run.optimizer, self.guard, micro_batches, step, self.config, run.mesh, run.device
-            )
-            synchronize(run.device)
-            if logger:
-                logger.log_step(self._stats(step + 1, result, time.perf_counter() - begin, data_seconds))
-            self._judge(step + 1, result)
-            if self._due(step + 1, self.config.train.valid_every):
-                self._validate(step + 1, logger)
-            stopping = self._told_to_stop(stop)
-            if stopping or self._due(step + 1, self.config.checkpoint.every):
-                self._save(step + 1, must=stopping or step + 1 == steps)
-            if stopping and step + 1 < steps:
-                log.info(f"stopped by a signal after step {step + 1}; start again with --checkpoint.resume true")
-                return EXIT_REQUEUE
+        with closing(run.loader.iterate(first * self.config.train.global_batch)) as batches:
+            for step in range(first, steps):
+                begin = time.perf_counter()
+                micro_batches = next(batches)
+                data_seconds = time.perf_counter() - begin
+                result = train_step(
+                    run.model, run.optimizer, self.guard, micro_batches, step, self.config, run.mesh, run.device
+                )
+                synchronize(run.device)
+                if logger:
+                    stats = self._stats(step + 1, result, time.perf_counter() - begin, data_seconds)
+                    with self._metrics_may_fail():
+                        logger.log_step(stats)
+                if self._after(step + 1, result, logger, stop):
+                    return EXIT_REQUEUE
         return 0
+
+    def _after(self, step: int, result: StepResult, logger: MetricsLogger | None, stop: list[int]) -> bool:
+        """Judge, validate and save after `step` steps. Returns whether the run must stop before its end."""
+        last = step == self.config.train.steps
+        self._judge(step, result)
+        if self._due(step, self.config.train.valid_every):
+            self._validate(step, logger)
+        stopping = self._told_to_stop(stop) and not last
+        if stopping or self._due(step, self.config.checkpoint.every):
+            self._save(step, must=stopping or last)
+        if stopping:
+            log.info(f"stopped by a signal after step {step}; start again with --checkpoint.resume true")
+        return stopping
 
     def _due(self, step: int, every: int) -> bool:
         """Whether something done `every` steps and at the end (0: only there; -1: never) is due after `step`."""
@@ -135,7 +155,18 @@ class Trainer:
         )
         if logger:
             losses = {domain: result.loss for domain, result in found.items()}
-            logger.log_valid(step, losses, step * train.global_batch)
+            with self._metrics_may_fail():
+                logger.log_valid(step, losses, step * train.global_batch)
+
+    @contextmanager
+    def _metrics_may_fail(self) -> Iterator[None]:
+        """A disk that takes no metrics does not end the training; it is said once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.metrics_failed:
+                log.warning(f"metrics not written: {error.strerror or error}; training continues")
+            self.metrics_failed = True
 
     def _save(self, step: int, *, must: bool) -> None:
         """Save, every rank waiting for it; a failure is a warning, unless the save `must` succeed."""
