@@ -1,17 +1,21 @@
-"""Checkpoints made from checkpoints, without training: a BTS model from members, an expert added or removed, a soup."""
+"""Checkpoints made from checkpoints, without training: a BTS model from members, an expert added or removed, a soup.
+
+Every function writes a new checkpoint folder and returns its configuration; it refuses a folder that exists before it
+reads anything.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from megabts.bts.build import add_expert, member_records, open_members, remove_expert
 from megabts.bts.model import BTSModel
-from megabts.build import describe, make_backend
+from megabts.build import describe, make_backend, torch_dtype
 from megabts.checkpoint.folder import load_tensors, write_checkpoint
-from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord
+from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, read_manifest
 from megabts.checkpoint.source import CONFIG_FILE, TOKENIZER_FOLDER, DenseSource, check_same_shape, open_dense
 from megabts.config.load import to_yaml
 from megabts.config.methods import HUB, BTSConfig
@@ -19,7 +23,6 @@ from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.merge.soup import average
 from megabts.parallel.mesh import ParallelMesh
-from megabts.runtime.device import DTYPES
 
 TOKENIZER_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "tokenizer_spec.json"}
 
@@ -27,53 +30,85 @@ SEED = 0
 """Stitches start from constants and identities: the seed of their start decides nothing."""
 
 
-def stitch(bts: BTSConfig, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+class TokenizerSource(NamedTuple):
+    """The tokenizer that a new checkpoint gets: its folder ("" for none) and fingerprint ("" when unknown)."""
+
+    folder: str
+    fingerprint: str
+
+
+def stitch(bts: BTSConfig, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> RunConfig:
     """Write an untrained BTS model of `bts.hub` and `bts.experts` to `out`. Raises UserError."""
+    _check_free(out)
     sources = open_members(bts)
     config = RunConfig(method="bts", model=sources[HUB].config, bts=bts)
     config = replace(config, precision=replace(config.precision, dtype=dtype))
-    _write(out, config, _initial(config, {}), sources)
+    return _write(out, config, _initial(config, {}), member_records(sources), _tokenizer_of(sources[HUB]))
 
 
-def add(checkpoint: Path, name: str, path: str, out: Path, *, train_all: bool = False) -> None:
+def add(checkpoint: Path, name: str, path: str, out: Path, *, train_all: bool = False) -> RunConfig:
     """Write the BTS model `checkpoint` with one more expert to `out`; all its other slices stay as they are.
 
     Training from `out` then trains the new expert's slices alone, or all with `train_all`. Raises UserError.
     """
-    config, stitches = _open_bts(checkpoint)
+    _check_free(out)
+    config, folder = _open_bts(checkpoint)
     config = replace(config, bts=add_expert(config.bts, name, path, train_all=train_all))
-    _write(out, config, _initial(config, stitches), open_members(config.bts))
+    sources = open_members(config.bts)
+    stitches = _initial(config, load_tensors(folder, MODEL_FILE, verify=False))
+    return _write(out, config, stitches, member_records(sources), _kept_tokenizer(folder, sources[HUB]))
 
 
-def remove(checkpoint: Path, name: str, out: Path) -> None:
+def remove(checkpoint: Path, name: str, out: Path) -> RunConfig:
     """Write the BTS model `checkpoint` without expert `name` to `out`. It runs at once. Raises UserError."""
-    config, stitches = _open_bts(checkpoint)
-    bts, kept = remove_expert(config.bts, stitches, name)
-    config = replace(config, bts=bts)
-    _write(out, config, kept, open_members(bts))
+    _check_free(out)
+    config, folder = _open_bts(checkpoint)
+    bts, kept = remove_expert(config.bts, load_tensors(folder, MODEL_FILE, verify=False), name)
+    sources = open_members(bts)
+    tokenizer = _kept_tokenizer(folder, sources[HUB])
+    return _write(out, replace(config, bts=bts), kept, member_records(sources), tokenizer)
 
 
-def soup(members: Mapping[str, tuple[str, float]], out: Path) -> None:
+def soup(members: Mapping[str, tuple[str, float]], out: Path) -> RunConfig:
     """Write the weighted average of dense models {name: (folder, weight)} to `out`, a dense model. Raises UserError."""
+    _check_free(out)
     sources = {name: open_dense(path) for name, (path, _) in members.items()}
     check_same_shape(sources)
     weights = [weight for _, weight in members.values()]
     merged = average([dict(source.weights()) for source in sources.values()], weights)
-    config = RunConfig(model=next(iter(sources.values())).config)
-    _write(out, config, merged, sources, keep_members=False)
+    first = next(iter(sources.values()))
+    return _write(out, RunConfig(model=first.config), merged, [], _tokenizer_of(first))
 
 
-def _open_bts(checkpoint: Path) -> tuple[RunConfig, dict[str, Tensor]]:
+def _check_free(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already; give another --out or remove it first")
+
+
+def _open_bts(checkpoint: Path) -> tuple[RunConfig, Path]:
+    """A BTS model's configuration and verified folder."""
     config, folder, _ = describe(checkpoint)
     if config.method != "bts":
         raise UserError(f"{folder} holds a model of method {config.method}; only a BTS model has experts")
-    return config, load_tensors(folder, MODEL_FILE)
+    return config, folder
+
+
+def _tokenizer_of(source: DenseSource) -> TokenizerSource:
+    return TokenizerSource(source.tokenizer, source.tokenizer_fingerprint)
+
+
+def _kept_tokenizer(folder: Path, hub: DenseSource) -> TokenizerSource:
+    """A checkpoint's own tokenizer, which training may have set, else its hub's."""
+    inside = folder / TOKENIZER_FOLDER
+    if not inside.is_dir():
+        return _tokenizer_of(hub)
+    return TokenizerSource(str(inside), read_manifest(folder).state.get("tokenizer_fingerprint", ""))
 
 
 def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All stitch tensors of `config`: the known ones, and the others at their start."""
     mesh = ParallelMesh()
-    dtype = DTYPES[config.precision.dtype]
+    dtype = torch_dtype(config)
     model = BTSModel(config.model, config.bts, make_backend(config, mesh, dtype, "meta"), mesh.tp)
     return {
         name: known[name] if name in known else meta.initial(name, SEED).to(dtype)
@@ -85,18 +120,14 @@ def _write(
     out: Path,
     config: RunConfig,
     tensors: Mapping[str, Tensor],
-    sources: Mapping[str, DenseSource],
-    *,
-    keep_members: bool = True,
-) -> None:
-    """A checkpoint folder of `config` at `out`, with the first member's tokenizer."""
-    if out.exists():
-        raise UserError(f"{out} exists already; give another --out or remove it first")
-    first = next(iter(sources.values()))
+    members: list[MemberRecord],
+    tokenizer: TokenizerSource,
+) -> RunConfig:
+    """A checkpoint folder of `config` at `out`."""
     files = {}
-    if first.tokenizer:
-        names = TOKENIZER_FILES & {path.name for path in Path(first.tokenizer).iterdir()}
-        files = {f"{TOKENIZER_FOLDER}/{name}": Path(first.tokenizer) / name for name in sorted(names)}
-    state: dict[str, Any] = {"step": 0, "tokenizer_fingerprint": first.tokenizer_fingerprint}
-    records: list[MemberRecord] = member_records(dict(sources)) if keep_members else []
-    write_checkpoint(out, {MODEL_FILE: tensors}, {CONFIG_FILE: to_yaml(config)}, state, records, files)
+    if tokenizer.folder:
+        names = TOKENIZER_FILES & {path.name for path in Path(tokenizer.folder).iterdir()}
+        files = {f"{TOKENIZER_FOLDER}/{name}": Path(tokenizer.folder) / name for name in sorted(names)}
+    state: dict[str, Any] = {"step": 0, "tokenizer_fingerprint": tokenizer.fingerprint}
+    write_checkpoint(out, {MODEL_FILE: tensors}, {CONFIG_FILE: to_yaml(config)}, state, members, files)
+    return config

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,12 +11,13 @@ from torch import nn
 from megabts.bts.build import load_member, member_records, open_members, with_members
 from megabts.bts.model import BTSModel
 from megabts.checkpoint.folder import load_tensors
-from megabts.checkpoint.hf import is_hf_folder
+from megabts.checkpoint.hf import config_from_hf, dtype_from_hf, is_hf_folder, weights_from_hf
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, check_member, read_manifest
 from megabts.checkpoint.source import CONFIG_FILE, TOKENIZER_FOLDER, open_dense
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
-from megabts.config.run import RunConfig
+from megabts.config.model import ModelConfig
+from megabts.config.run import PrecisionConfig, RunConfig
 from megabts.errors import UserError
 from megabts.model.backend import Backend
 from megabts.model.decoder import Decoder
@@ -78,7 +80,8 @@ def load_model(
 ) -> LoadedModel:
     """The model of a run or checkpoint folder, or of a Hugging Face folder; nothing else is needed.
 
-    `dtype` None: as the checkpoint's run computed. `run`: build it with this run's settings instead of its own ones.
+    `dtype` None: as the checkpoint's run computed, or the Hugging Face folder is stored. `run`: build it with this
+    run's settings instead of its own ones.
     Raises UserError (not there, damaged, a member moved or changed).
     """
     config, folder, members = describe(path)
@@ -89,7 +92,7 @@ def load_model(
         assert isinstance(model, BTSModel)
         load_member(model, member.name, open_dense(member.path).weights(), mesh, member.path)
     weights = (
-        open_dense(folder).weights() if is_hf_folder(folder) else load_tensors(folder, MODEL_FILE, verify=False).items()
+        weights_from_hf(folder) if is_hf_folder(folder) else load_tensors(folder, MODEL_FILE, verify=False).items()
     )
     load_full(model.own_parameters(), weights, mesh, str(folder))
     return LoadedModel(model, config, folder, members, _tokenizer(folder))
@@ -101,7 +104,9 @@ def describe(path: str | Path) -> tuple[RunConfig, Path, list[MemberRecord]]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a checkpoint, a run folder or a Hugging Face folder")
     if is_hf_folder(folder):
-        return RunConfig(model=open_dense(folder).config), folder, []
+        stored: Literal["bfloat16", "float32"] = "bfloat16" if dtype_from_hf(folder) == "bfloat16" else "float32"
+        model = ModelConfig(**config_from_hf(folder))
+        return RunConfig(model=model, precision=PrecisionConfig(dtype=stored)), folder, []
     folder = resolve(folder)
     config = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))
     members = list(read_manifest(folder).members)

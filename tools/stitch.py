@@ -15,7 +15,7 @@ from megabts.errors import UsageError, run_tool
 
 
 def main() -> None:
-    """Parse, call one function of megabts.assemble."""
+    """Parse, call one function of megabts.assemble, print the parameter counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("new", "add", "remove"), default="new")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="checkpoint folder to write")
@@ -37,15 +37,16 @@ def main() -> None:
     args = parser.parse_args()
 
     from megabts import assemble
+    from megabts.bts.parameters import parameter_report
     from megabts.config.methods import BTSConfig
 
     if args.action != "new" and not (args.checkpoint and len(args.expert) == 1):
         raise UsageError(f"{args.action} needs --checkpoint DIR and one --expert")
     if args.action == "remove":
-        assemble.remove(args.checkpoint, args.expert[0], args.out)
+        config = assemble.remove(args.checkpoint, args.expert[0], args.out)
     elif args.action == "add":
         ((name, path),) = named_paths(args.expert).items()
-        assemble.add(args.checkpoint, name, path, args.out, train_all=args.train == "all")
+        config = assemble.add(args.checkpoint, name, path, args.out, train_all=args.train == "all")
     else:
         bts = BTSConfig(
             args.hub or "",
@@ -55,8 +56,9 @@ def main() -> None:
             args.expert_stream,
             start=args.start,
         )
-        assemble.stitch(bts, args.out, dtype=args.dtype)
+        config = assemble.stitch(bts, args.out, dtype=args.dtype)
     print(f"wrote {args.out}")
+    print(parameter_report(config.model, config.bts))
 
 
 def named_paths(items: list[str]) -> dict[str, str]:

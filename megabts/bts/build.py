@@ -25,7 +25,7 @@ HEAD_ONLY = ("final_norm.", "head.")
 def open_members(bts: BTSConfig) -> dict[str, DenseSource]:
     """The folders of hub and experts, by member name, checked to fit together.
 
-    Raises UserError when one is missing or they differ, UsageError when the configuration names no members.
+    Raises UserError when one is missing, UsageError when they differ or the configuration names none.
     """
     if not bts.hub or not bts.experts:
         raise UsageError("method bts needs bts.hub DIR and at least one bts.experts.NAME DIR")

@@ -15,6 +15,7 @@ from megabts.bts.plan import stitch_plan
 from megabts.bts.stitch import Stitch
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
+from megabts.errors import UsageError
 from megabts.model.attention import Context, LayerCache, Recompute
 from megabts.model.backend import Backend
 from megabts.model.decoder import Decoder
@@ -26,12 +27,16 @@ GateObserver = Callable[[int, Tensor], None]
 
 
 class BTSModel(nn.Module):
-    """Members (hub first), frozen, and K stitch layers. Hidden is [members, s, b, D]; after layer L, [1, s, b, D]."""
+    """Members (hub first), frozen, and K stitch layers. Hidden is [members, s, b, D]; after layer L, [1, s, b, D].
+
+    Raises UsageError for a member's name that a module cannot have, or more stitch layers than layers.
+    """
 
     def __init__(
         self, config: ModelConfig, bts: BTSConfig, backend: Backend, tp: Axis, *, recompute: Recompute = "none"
     ) -> None:
         super().__init__()
+        _check_names(bts)
         self.config = config
         self.bts = bts
         self.dtype = backend.dtype
@@ -44,7 +49,7 @@ class BTSModel(nn.Module):
         self.stitches = nn.ModuleList(Stitch(point.kind, config.hidden_size, bts, backend) for point in self.plan)
         if "*" not in bts.trainable:
             freeze(p for name, p, _ in self.own_parameters() if member_of(name) not in bts.trainable)
-        self._observer: GateObserver | None = None
+        self._observers: list[GateObserver] = []
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [b, s] -> [members, s, b, D]."""
@@ -61,8 +66,8 @@ class BTSModel(nn.Module):
             states, begin = self._run_members(begin, point.after, states, context, cache), point.after
             seed = None if context.dropout_seed is None else name_seed(f"stitch {index}", context.dropout_seed)
             states, gates = stitch(states, seed, last=point.after == self.config.num_layers)
-            if self._observer is not None:
-                self._observer(index, gates)
+            for observer in self._observers:
+                observer(index, gates)
         return torch.stack(self._run_members(begin, last, states, context, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -88,12 +93,12 @@ class BTSModel(nn.Module):
 
     @contextmanager
     def observe_gates(self, observer: GateObserver) -> Iterator[None]:
-        """Inside the block `observer(stitch layer, gates)` sees every stitch's gates."""
-        before, self._observer = self._observer, observer
+        """Inside the block `observer(stitch layer, gates)` sees every stitch's gates; blocks may nest."""
+        self._observers.append(observer)
         try:
             yield
         finally:
-            self._observer = before
+            self._observers.remove(observer)
 
     def _decoders(self) -> list[Decoder]:
         return list(self.members.values())  # type: ignore[arg-type]
@@ -107,6 +112,13 @@ class BTSModel(nn.Module):
             member.run_layers(first, last, state, context, cache[index : index + 1] if cache else None)
             for index, (member, state) in enumerate(zip(self._decoders(), states, strict=True))
         ]
+
+
+def _check_names(bts: BTSConfig) -> None:
+    """Members are entries of an `nn.ModuleDict`, which cannot hold what it has as attributes (train, keys, ...)."""
+    taken = [name for name in bts.experts if hasattr(nn.ModuleDict(), name)]
+    if taken:
+        raise UsageError(f"bts.experts has a member named {taken[0]!r}, a name torch modules use; give it another one")
 
 
 def member_of(parameter: str) -> str:

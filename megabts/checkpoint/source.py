@@ -13,12 +13,12 @@ from megabts.checkpoint.manifest import MODEL_FILE, content_hash, read_manifest
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
 from megabts.config.model import ModelConfig
-from megabts.errors import UserError
+from megabts.errors import UsageError, UserError
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
-TRAINING_ONLY = {"preset", "init_std", "max_seq_len"}
-"""Model settings in which members may differ: they do not change what the weights compute."""
+FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
+"""Model settings in which members may differ: they do not change what the weights compute from one document."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DenseSource:
         """All parameters by megabts name, in the stored type."""
         if is_hf_folder(self.folder):
             return weights_from_hf(self.folder)
-        return iter(load_tensors(self.folder, MODEL_FILE).items())
+        return iter(load_tensors(self.folder, MODEL_FILE, verify=False).items())  # open_dense has verified them
 
 
 def open_dense(path: str | Path) -> DenseSource:
@@ -65,12 +65,12 @@ def open_dense(path: str | Path) -> DenseSource:
 def check_same_shape(sources: dict[str, DenseSource]) -> None:
     """Refuse members whose models differ, with a table of the differing fields and what each member has.
 
-    Raises UserError also when two members are one and the same.
+    Raises UsageError also when two members are one and the same.
     """
     rows: dict[str, list[Any]] = {
         field.name: [getattr(source.config, field.name) for source in sources.values()]
         for field in fields(ModelConfig)
-        if field.name not in TRAINING_ONLY
+        if field.name not in FREE
     }
     rows["tokenizer"] = [source.tokenizer_fingerprint[:12] for source in sources.values()]
     known = {name: [value for value in values if value != "" or name != "tokenizer"] for name, values in rows.items()}
@@ -79,11 +79,11 @@ def check_same_shape(sources: dict[str, DenseSource]) -> None:
         table = [["", *sources], *[[name, *map(str, values)] for name, values in differing.items()]]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        raise UserError("the members differ and cannot be combined:\n" + "\n".join(line.rstrip() for line in lines))
+        raise UsageError("the members differ and cannot be combined:\n" + "\n".join(line.rstrip() for line in lines))
     owners: dict[str, str] = {}
     for name, source in sources.items():
         other = owners.setdefault(source.content_hash, name)
         if other != name:
-            raise UserError(
+            raise UsageError(
                 f"members {other} and {name} have the same weights ({source.folder}); give each its own model"
             )

@@ -1,6 +1,7 @@
 """Model soup: the weighted average of all members' weights (Wortsman et al., arXiv 2203.05482). No training."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ def average(members: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -
 
     The members have the same parameters. Raises UsageError for weights that have no positive sum.
     """
-    if sum(weights) <= 0 or min(weights) < 0:
-        raise UsageError(f"soup weights {list(weights)} must be at least 0 and have a positive sum")
+    if not isfinite(sum(weights)) or sum(weights) <= 0 or min(weights) < 0:
+        raise UsageError(f"soup weights {list(weights)} must be finite, at least 0 and have a positive sum")
     shares = [weight / sum(weights) for weight in weights]
     merged = {}
     for name, first in members[0].items():

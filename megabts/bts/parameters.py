@@ -1,0 +1,56 @@
+"""How many parameters a BTS model has: as it is held and run here, and as the paper counts them.
+
+The two differ. The paper counts a hub slice in the gate of Hub-into-Experts layers, which its equations never read, and
+whole members; here that slice is not allocated, and the final norms and heads of the experts are not even built.
+"""
+
+from dataclasses import dataclass
+
+from megabts.bts.plan import stitch_plan
+from megabts.config.methods import HUB, BTSConfig
+from megabts.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """Counts of one BTS model."""
+
+    trained: int
+    """Parameters that train: of the stitches, those that `bts.trainable` names."""
+    paper_trained: int
+    """K (2n + 1) D^2: n projections and n + 1 gate slices in every stitch layer."""
+    paper_total: int
+    """Whole members and `paper_trained`."""
+    active: int
+    """What one token runs through: members, the experts without final norm and head, and the stitches."""
+
+    def __str__(self) -> str:
+        return (
+            f"trained {self.trained:,} of {short(self.paper_total)}; the paper counts {self.paper_trained:,} of "
+            f"{self.paper_total:,}, with the never used hub slices of the Hub-into-Experts gates and whole members; "
+            f"a token runs through {self.active:,}"
+        )
+
+
+def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
+    """Count without building anything. Raises UsageError when there are more stitch layers than layers."""
+    d, n = model.hidden_size, len(bts.experts)
+    owned = dict.fromkeys(bts.members, 0)
+    for point in stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating):
+        for expert in bts.experts:
+            owned[expert] += 2 * d * d  # projection and gate slice
+        if point.kind == "experts_into_hub":
+            owned[HUB] += d * d + (d if bts.start != "uniform" else 0)  # gate slice; hub bias or mix
+    trained = sum(count for name, count in owned.items() if name in bts.trainable or "*" in bts.trainable)
+    paper_trained = bts.num_stitch_layers * (2 * n + 1) * d * d
+    output = d + (0 if model.tie_embeddings else model.vocab_size * d)
+    members = (n + 1) * model.num_parameters
+    return ParameterReport(trained, paper_trained, members + paper_trained, members - n * output + sum(owned.values()))
+
+
+def short(count: int) -> str:
+    """11,023,134,720 -> "11.0B"."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
