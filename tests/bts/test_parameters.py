@@ -1,0 +1,86 @@
+"""Parameter counts against the paper's published ones and against models built without storage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megabts.bts.model import BTSModel
+from megabts.bts.parameters import parameter_report, short
+from megabts.build import BUILDERS, num_parameters
+from megabts.config.load import load_config
+from megabts.config.methods import BTSConfig
+from megabts.config.model import PRESETS, ModelConfig
+from megabts.model.decoder import Decoder
+from megabts.model.torch_backend import TorchBackend
+from megabts.parallel.mesh import ParallelMesh
+from tests.bts.reference import SIZES, config_of
+
+PAPER_CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs" / "paper").glob("*.yaml"))
+PAPER = ModelConfig(preset="paper-2.7b", **PRESETS["paper-2.7b"])
+DENSE = 2_689_723_392
+
+
+def meta() -> TorchBackend:
+    return TorchBackend(torch.bfloat16, "meta", ParallelMesh().tp)
+
+
+def bts_on_meta(model: ModelConfig, bts: BTSConfig) -> BTSModel:
+    return BTSModel(model, bts, meta(), ParallelMesh().tp)
+
+
+def test_published_counts() -> None:
+    assert PAPER.num_parameters == DENSE
+    assert num_parameters(Decoder(PAPER, meta(), ParallelMesh().tp)) == (DENSE, DENSE)
+    bts = config_of(3, num_stitch_layers=4)
+    report = parameter_report(PAPER, bts)
+    assert report.trained == 245_366_784
+    assert report.paper_trained == 264_241_152
+    assert report.paper_total == 11_023_134_720
+    assert num_parameters(bts_on_meta(PAPER, bts)) == (report.trained, report.active)
+    assert report.paper_total - report.active == 3 * (3072 + 128_000 * 3072) + 2 * 3072**2
+
+
+def test_report_in_words() -> None:
+    text = str(parameter_report(PAPER, config_of(3)))
+    assert text.startswith("trained 245,366,784 of 11.0B; the paper counts 264,241,152 of 11,023,134,720, ")
+    assert "\n" not in text
+    assert [short(count) for count in (999, 1000, 12_345_678, 10**9)] == ["999", "1.0k", "12.3M", "1.0B"]
+
+
+CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (1, {"num_stitch_layers": 1}, {}),
+    (2, {"num_stitch_layers": 5}, {}),
+    (3, {"num_stitch_layers": 3, "alternating": False}, {}),
+    (2, {"num_stitch_layers": 3, "start": "hub_leaning"}, {"tie_embeddings": True}),
+    (2, {"num_stitch_layers": 2, "start": "hub_preserving"}, {"qkv_bias": True, "qk_norm": True}),
+    (3, {"num_stitch_layers": 4, "trainable": ["e2"]}, {}),
+    (3, {"num_stitch_layers": 4, "trainable": ["hub", "e1"], "start": "hub_leaning"}, {}),
+    (2, {"num_stitch_layers": 2, "trainable": []}, {}),
+]
+
+
+@pytest.mark.parametrize("experts, settings, sizes", CASES)
+def test_report_is_what_is_built(experts: int, settings: dict[str, Any], sizes: dict[str, Any]) -> None:
+    model, bts = ModelConfig(**{**SIZES, **sizes}), config_of(experts, **settings)
+    report = parameter_report(model, bts)
+    assert (report.trained, report.active) == num_parameters(bts_on_meta(model, bts))
+
+
+@pytest.mark.parametrize("path", PAPER_CONFIGS, ids=lambda path: path.stem)
+def test_paper_recipes_build(path: Path) -> None:
+    """The shipped recipes of the paper, built from their files without storage or members."""
+    config = load_config(["--config", str(path)])
+    model = BUILDERS[config.method](config, ParallelMesh(), meta())
+    assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    if config.method == "dense":
+        assert num_parameters(model) == (DENSE, DENSE)
+    else:
+        report = parameter_report(config.model, config.bts)
+        assert (report.trained, report.paper_trained) == (245_366_784, 264_241_152)
+        assert num_parameters(model) == (report.trained, report.active)
+
+
+def test_all_paper_recipes_are_there() -> None:
+    assert [path.stem for path in PAPER_CONFIGS] == ["code", "math", "multilingual", "seed", "stitch"]
