@@ -25,7 +25,7 @@ class RankError(AssertionError):
     """A rank raised, died or did not finish; the message names it and holds its traceback."""
 
 
-def run_ranks(num_ranks: int, work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(num_ranks: int, work: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """`work(rank, *args)` on `num_ranks` gloo ranks; the results by rank.
 
     Raises RankError for the first rank that raises or dies, or when `timeout` seconds are over; all ranks are ended.

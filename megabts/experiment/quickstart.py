@@ -86,7 +86,7 @@ class Quickstart:
     def steps(self, kind: str) -> int:
         """Training steps of a seed, expert, dense or stitch run: the configuration's, scaled by the minutes."""
         base = load_config(["--config", str(CONFIGS / f"{kind}.yaml")]).train.steps
-        return max(10, round(base * self.minutes / MINUTES))
+        return max(20, round(base * self.minutes / MINUTES))
 
     def stages(self, *, built_in: bool) -> list[Stage]:
         """All stages in order; `built_in` corpora are made first."""
@@ -121,12 +121,13 @@ class Quickstart:
         return plain if plain.exists() else plain.with_suffix(".jsonl.gz")
 
     def _data_stages(self, needs: tuple[str, ...]) -> list[Stage]:
-        train = [self._file(domain, "train") for domain in self.domains]
+        train: list[str | Path] = [self._file(domain, "train") for domain in self.domains]
         stage = self._stage(
             "tokenizer",
             "train the tokenizer",
             "train_tokenizer.py",
-            *("--input", *train, "--type", "sentencepiece-bpe", "--output", self.out / "tokenizer"),
+            *("--type", "sentencepiece-bpe", "--output", self.out / "tokenizer"),
+            *("--input", *train),
             *("--vocab-size", str(VOCAB_SIZE), "--bytes-per-file", str(TOKENIZER_BYTES)),
             needs=needs,
         )

@@ -44,7 +44,9 @@ def test_equals_torch_at_any_chunk(chunk: int) -> None:
 
 def test_gradcheck() -> None:
     hidden, weight, labels, mask = inputs(torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, mask, ONE, 0, 8), (hidden, weight))
+    small = [x.detach()[:11, :4].clone().requires_grad_() for x in (hidden, weight)]
+    labels, mask = labels[:11] % 11, mask[:11]
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, mask, ONE, 0, 4), small)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
