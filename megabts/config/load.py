@@ -11,6 +11,7 @@ key, the place and what would do. Paths stay as they are given: relative ones co
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ def load_config(args: list[str]) -> RunConfig:
 
     `-h` or `--help` prints all settings and leaves with SystemExit(0). Raises UsageError.
     """
-    schema = Schema(RunConfig)
+    schema = _schema()
     if "-h" in args or "--help" in args:
         schema.parser.print_help()
         raise SystemExit(0)
@@ -42,7 +43,7 @@ def explicit_keys(args: list[str]) -> set[str]:
     An item of a mapping counts as its field. `model.preset` stands for what it decides: it is replaced by the sizes
     of the model, so that a comparison of `model.*` with a checkpoint's sizes is not about the preset's name.
     """
-    settings = _collect(Schema(RunConfig), args)
+    settings = _collect(_schema(), args)
     keys = set(settings)
     if "model.preset" in keys:
         keys.remove("model.preset")
@@ -52,7 +53,7 @@ def explicit_keys(args: list[str]) -> set[str]:
 
 def from_yaml(text: str, source: str = "configuration") -> RunConfig:
     """Read the text of one YAML configuration; `source` names it in messages. Raises UsageError."""
-    schema = Schema(RunConfig)
+    schema = _schema()
     return _build(schema, _typed(schema, read_settings(text, source, set(schema.sections))))
 
 
@@ -68,7 +69,7 @@ def difference(config: RunConfig) -> str:
 
     With a preset, the model's other settings are compared with the preset's.
     """
-    schema = Schema(RunConfig)
+    schema = _schema()
     preset = PRESETS.get(config.model.preset, {})
     base = RunConfig(model=ModelConfig(**preset))
     rows: list[tuple[str, str]] = []
@@ -87,9 +88,15 @@ def difference(config: RunConfig) -> str:
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of every setting in which two configurations differ."""
-    keys = Schema(RunConfig).fields
+    keys = _schema().fields
     values = [(key, _get(old, key), _get(new, key)) for key in keys]
     return [(key, before, after) for key, before, after in values if before != after]
+
+
+@cache
+def _schema() -> Schema:
+    """The one schema: reading all docstrings takes a tenth of a second."""
+    return Schema(RunConfig)
 
 
 def _collect(schema: Schema, args: list[str]) -> dict[str, Setting]:
