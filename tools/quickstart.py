@@ -23,6 +23,7 @@ def main() -> int:
         "--minutes", type=float, default=12.0, help="training is scaled to take about so long on 2 cores (default: 12)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and generated text (default: 0)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="smaller for little text (default: 4096)")
     args = parser.parse_args()
     if args.minutes <= 0 or args.seed < 0:
         raise UsageError("--minutes must be above 0 and --seed at least 0")
@@ -38,7 +39,7 @@ def main() -> int:
 
     out = args.out or default_out(args.data, args.seed)
     domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
-    quickstart = Quickstart(out, args.data or out / "corpora", domains, args.minutes, args.seed)
+    quickstart = Quickstart(out, args.data or out / "corpora", domains, args.minutes, args.seed, args.vocab_size)
     quickstart.write_settings()
     stages = quickstart.stages(built_in=args.data is None)
     run_stages(stages, workers=num_cores(), threads=num_cores())

@@ -37,6 +37,7 @@ class Quickstart:
     domains: tuple[str, ...]
     minutes: float
     seed: int
+    vocab_size: int = VOCAB_SIZE
 
     def write_settings(self) -> None:
         """Record the settings in `out`; raises UserError when it holds a quickstart with others."""
@@ -128,7 +129,7 @@ class Quickstart:
             "train_tokenizer.py",
             *("--type", "sentencepiece-bpe", "--output", self.out / "tokenizer"),
             *("--input", *train),
-            *("--vocab-size", str(VOCAB_SIZE), "--bytes-per-file", str(TOKENIZER_BYTES)),
+            *("--vocab-size", str(self.vocab_size), "--bytes-per-file", str(TOKENIZER_BYTES)),
             needs=needs,
         )
         return [stage, *(self._preprocess(domain, split) for domain in self.domains for split in SPLITS)]
@@ -156,7 +157,11 @@ class Quickstart:
         train = {str(self.prefix(domain, "train")): weight for domain, weight in mixture.items()}
         valid = {domain: str(self.prefix(domain, "valid")) for domain in self.domains}
         run_dir, steps = self.run_dir(name), self.steps(kind)
-        start = ("--checkpoint.init_from", self.run_dir("seed")) if kind in ("expert", "dense") else ()
+        start: tuple[str | Path, ...] = ()
+        if kind == "seed":
+            start = ("--model.vocab_size", str(self.vocab_size))
+        elif kind in ("expert", "dense"):
+            start = ("--checkpoint.init_from", self.run_dir("seed"))
         return self._stage(
             name,
             f"train {name}",
@@ -205,4 +210,5 @@ def open_quickstart(out: Path) -> Quickstart:
     if not path.exists():
         raise UserError(f"{out} holds no {SETTINGS}; run the quickstart with --out {out} first")
     settings = json.loads(path.read_text())
-    return Quickstart(out, Path(settings["corpora"]), tuple(settings["domains"]), settings["minutes"], settings["seed"])
+    named = {field: settings[field] for field in ("minutes", "seed", "vocab_size") if field in settings}
+    return Quickstart(out, Path(settings["corpora"]), tuple(settings["domains"]), **named)
