@@ -109,7 +109,7 @@ def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor
     """All stitch tensors of `config`: the known ones, and the others at their start."""
     mesh = ParallelMesh()
     dtype = torch_dtype(config)
-    model = BTSModel(config.model, config.bts, make_backend(config, mesh, dtype, "meta"), mesh.tp)
+    model = BTSModel(config.model, config.bts, make_backend(config, mesh, dtype, "meta"))
     return {
         name: known[name] if name in known else meta.initial(name, SEED).to(dtype)
         for name, _, meta in model.own_parameters()

@@ -34,11 +34,11 @@ def make_backend(config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, devi
 
 
 def _dense(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> Decoder:
-    return Decoder(config.model, backend, mesh.tp, recompute=config.train.recompute)
+    return Decoder(config.model, backend, recompute=config.train.recompute)
 
 
 def _bts(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> BTSModel:
-    return BTSModel(config.model, config.bts, backend, mesh.tp, recompute=config.train.recompute)
+    return BTSModel(config.model, config.bts, backend, recompute=config.train.recompute)
 
 
 BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {"dense": _dense, "bts": _bts}

@@ -141,7 +141,7 @@ def load_without(
     for name in without:
         bts, stitches = remove_expert(bts, stitches, name)
     mesh = ParallelMesh()
-    model = BTSModel(config.model, bts, make_backend(config, mesh, dtype, device), mesh.tp)
+    model = BTSModel(config.model, bts, make_backend(config, mesh, dtype, device))
     for member in members:
         if member.name in bts.members:
             load_member(model, member.name, open_dense(member.path).weights(), mesh, member.path)

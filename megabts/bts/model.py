@@ -19,7 +19,6 @@ from megabts.errors import UsageError
 from megabts.model.attention import Context, LayerCache, Recompute
 from megabts.model.backend import Backend
 from megabts.model.decoder import Decoder
-from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta, name_seed, named_metas
 from megabts.parallel.tensor import freeze
 
@@ -32,9 +31,7 @@ class BTSModel(nn.Module):
     Raises UsageError for a member's name that a module cannot have, or more stitch layers than layers.
     """
 
-    def __init__(
-        self, config: ModelConfig, bts: BTSConfig, backend: Backend, tp: Axis, *, recompute: Recompute = "none"
-    ) -> None:
+    def __init__(self, config: ModelConfig, bts: BTSConfig, backend: Backend, *, recompute: Recompute = "none") -> None:
         super().__init__()
         _check_names(bts)
         self.config = config
@@ -42,7 +39,7 @@ class BTSModel(nn.Module):
         self.dtype = backend.dtype
         self.num_members = len(bts.members)
         self.members = nn.ModuleDict(
-            {name: Decoder(config, backend, tp, recompute=recompute, with_head=name == HUB) for name in bts.members}
+            {name: Decoder(config, backend, recompute=recompute, with_head=name == HUB) for name in bts.members}
         )
         freeze(self.members.parameters())
         self.plan = stitch_plan(config.num_layers, bts.num_stitch_layers, bts.alternating)

@@ -1,4 +1,4 @@
-"""Where the stitch layers sit and of which kind they are (METHODS: BTS paper section 3, figure 2).
+"""Where the stitch layers sit and of which kind they are (BTS, arXiv 2502.00075, section 3, figure 2).
 
 A stitch layer follows every floor(L/K) layers; the last of the K always follows layer L and is Experts-into-Hub, since
 its output is the model's. Going back from it the kinds alternate.

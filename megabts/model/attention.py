@@ -57,10 +57,10 @@ def make_context(
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(hd)) v with one fused query-key-value projection."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, tp_size: int, recompute: Recompute) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.local_heads = [max(1, heads // tp_size) for heads in config.qkv_heads]
+        self.local_heads = [max(1, heads // backend.tp.size) for heads in config.qkv_heads]
         self.backend = backend
         self.recompute = recompute
         rows = sum(config.qkv_heads) * config.head_dim

@@ -15,7 +15,6 @@ from megabts.config.model import ModelConfig
 from megabts.model.attention import Context, LayerCache, Recompute, make_context
 from megabts.model.backend import Backend
 from megabts.model.layer import Layer
-from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta, named_metas
 
 
@@ -65,7 +64,6 @@ class Decoder(nn.Module):
         self,
         config: ModelConfig,
         backend: Backend,
-        tp: Axis,
         *,
         recompute: Recompute = "none",
         with_head: bool = True,
@@ -76,7 +74,7 @@ class Decoder(nn.Module):
         self.with_head = with_head
         v, d = config.vocab_size, config.hidden_size
         self.embedding = backend.vocabulary(v, d, config.init_std)
-        self.layers = nn.ModuleList(Layer(config, backend, tp.size, recompute) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, backend, recompute) for _ in range(config.num_layers))
         if with_head:
             self.final_norm = backend.norm(d, config.norm_eps)
             self.head = self.embedding if config.tie_embeddings else backend.vocabulary(v, d, config.init_std)

@@ -36,10 +36,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, tp_size: int, recompute: Recompute) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
         super().__init__()
         self.attention_norm = backend.norm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, backend, tp_size, recompute)
+        self.attention = Attention(config, backend, recompute)
         self.mlp_norm = backend.norm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, backend, recompute)
         self.recompute = recompute

@@ -9,6 +9,7 @@ torchrun's store (srun) every rank speaks.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +28,7 @@ def told_once() -> Iterator[None]:
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for a rank that failed before: let us say why
         if not _first_to_fail():
             raise SystemExit(1) from None
         if not _lost_contact(error):

@@ -74,7 +74,9 @@ def tokenizer_files(run: Run, run_dir: Path) -> dict[str, Path]:
         aside.rename(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"tokenizer not saved to {folder}: {error.strerror or error}; check the disk") from error
+        raise CheckpointError(
+            f"checkpoint of {run_dir} not saved: {error.strerror or error} ({folder}); check the disk"
+        ) from error
     return {f"{TOKENIZER_FOLDER}/{path.name}": path for path in sorted(folder.iterdir())}
 
 

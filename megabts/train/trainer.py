@@ -52,7 +52,7 @@ class Trainer:
         """
         leads = self.run.mesh.rank == 0
         steps = self.config.train.steps
-        with RunLock(self.dir) if self.dir and leads else nullcontext(), _stop_signals() as stop:
+        with _stop_signals() as stop, RunLock(self.dir) if self.dir and leads else nullcontext():
             first = self._begin(self._checkpoint_to_continue())
             if first >= steps:
                 log.info(f"{self.dir} is finished: it has {first} of {steps} steps; nothing to do")

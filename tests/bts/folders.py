@@ -24,7 +24,7 @@ def write_dense(
 ) -> Path:
     """A megabts checkpoint of a random decoder."""
     mesh, config = ParallelMesh(), ModelConfig(**{**SIZES, **sizes})
-    model = Decoder(config, TorchBackend(dtype, "cpu", mesh.tp), mesh.tp)
+    model = Decoder(config, TorchBackend(dtype, "cpu", mesh.tp))
     initialise(named_metas(model), seed, mesh)
     tensors = {name: parameter.detach() for name, parameter, _ in model.own_parameters()}
     state = {"step": 0, "tokenizer_fingerprint": fingerprint}

@@ -39,7 +39,7 @@ def config_of(experts: int = 2, **settings: Any) -> BTSConfig:
 def random_model(bts: BTSConfig, dtype: torch.dtype = torch.float32, *, shake: float = 0.2, **sizes: Any) -> BTSModel:
     """A model of random, differing members; stitches at their start, plus noise of size `shake`."""
     mesh = ParallelMesh()
-    model = BTSModel(ModelConfig(**{**SIZES, **sizes}), bts, TorchBackend(dtype, "cpu", mesh.tp), mesh.tp)
+    model = BTSModel(ModelConfig(**{**SIZES, **sizes}), bts, TorchBackend(dtype, "cpu", mesh.tp))
     initialise(named_metas(model), 1, mesh)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

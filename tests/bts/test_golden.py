@@ -38,7 +38,7 @@ def golden_model(case: dict) -> BTSModel:
         case["expert_stream"],
         gate_dropout=0.0,
     )
-    model = BTSModel(config, bts, TorchBackend(torch.float32, "cpu", mesh.tp), mesh.tp)
+    model = BTSModel(config, bts, TorchBackend(torch.float32, "cpu", mesh.tp))
     for name, folder in zip(bts.members, folders, strict=True):
         load_member(model, name, weights_from_hf(folder), mesh, str(folder))
     return model

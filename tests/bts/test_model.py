@@ -123,10 +123,10 @@ def dense_and_identical(stream: str, start: str) -> tuple[Decoder, BTSModel]:
     mesh = ParallelMesh()
     config = ModelConfig(**SIZES)
     backend = TorchBackend(torch.float32, "cpu", mesh.tp)
-    dense = Decoder(config, backend, mesh.tp)
+    dense = Decoder(config, backend)
     initialise(named_metas(dense), 5, mesh)
     bts = config_of(3, num_stitch_layers=3, expert_stream=stream, start=start)
-    model = BTSModel(config, bts, backend, mesh.tp)
+    model = BTSModel(config, bts, backend)
     initialise(named_metas(model), 6, mesh)
     for member in model.members.values():
         member.load_state_dict(dense.state_dict(), strict=False)

@@ -27,12 +27,12 @@ def meta() -> TorchBackend:
 
 
 def bts_on_meta(model: ModelConfig, bts: BTSConfig) -> BTSModel:
-    return BTSModel(model, bts, meta(), ParallelMesh().tp)
+    return BTSModel(model, bts, meta())
 
 
 def test_published_counts() -> None:
     assert PAPER.num_parameters == DENSE
-    assert num_parameters(Decoder(PAPER, meta(), ParallelMesh().tp)) == (DENSE, DENSE)
+    assert num_parameters(Decoder(PAPER, meta())) == (DENSE, DENSE)
     bts = config_of(3, num_stitch_layers=4)
     report = parameter_report(PAPER, bts)
     assert report.trained == 245_366_784

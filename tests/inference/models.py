@@ -44,7 +44,7 @@ def dense(**sizes: Any) -> Decoder:
     """A decoder whose every parameter, biases and norms too, is random."""
     mesh = ParallelMesh()
     config = ModelConfig(**{**SIZES, **sizes})
-    model = Decoder(config, TorchBackend(torch.float32, "cpu", mesh.tp), mesh.tp)
+    model = Decoder(config, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(named_metas(model), 1, mesh)
     return _shake(model)
 
@@ -53,7 +53,7 @@ def stitched(**settings: Any) -> BTSModel:
     """A hub and two experts at different random weights, with random stitches."""
     mesh = ParallelMesh()
     bts = BTSConfig("hub", {"code": "code", "math": "math"}, gate_dropout=0.5, **settings)
-    model = BTSModel(ModelConfig(**SIZES), bts, TorchBackend(torch.float32, "cpu", mesh.tp), mesh.tp)
+    model = BTSModel(ModelConfig(**SIZES), bts, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(named_metas(model), 2, mesh)
     return _shake(model)
 

@@ -54,7 +54,7 @@ def stitched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bts = BTSConfig(HUB, {name: str(MEMBERS / name) for name in names}, num_stitch_layers=3)
     config = RunConfig(method="bts", model=ModelConfig(**config_from_hf(Path(HUB))), bts=bts)
     mesh = ParallelMesh()
-    model = BTSModel(config.model, bts, TorchBackend(torch.float32, "cpu", mesh.tp), mesh.tp)
+    model = BTSModel(config.model, bts, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(model.own_parameters(), 0, mesh)
     generator = torch.Generator().manual_seed(1)
     tensors = {
@@ -133,7 +133,6 @@ def test_without_an_expert_is_the_checkpoint_without_it(tool: Tool, stitched: Pa
         whole.config,
         BTSConfig(HUB, {"math": "math"}, num_stitch_layers=3),
         TorchBackend(torch.float32, "cpu", mesh.tp),
-        mesh.tp,
     )
     tensors = dict(whole.named_parameters())
     with torch.no_grad():

@@ -41,7 +41,7 @@ def decoder(
     """A decoder of SIZES changed by `sizes`, whose every parameter, norms and biases too, is random by its name."""
     mesh = mesh or ParallelMesh()
     backend = TorchBackend(dtype, "cpu", mesh.tp)
-    model = Decoder(ModelConfig(**{**SIZES, **sizes}), backend, mesh.tp, recompute=recompute)
+    model = Decoder(ModelConfig(**{**SIZES, **sizes}), backend, recompute=recompute)
     initialise(model.own_parameters(), 1, mesh)
     with torch.no_grad():
         for name, parameter, meta in model.own_parameters():

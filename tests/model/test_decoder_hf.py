@@ -140,6 +140,6 @@ def test_a_wrong_model_is_far_away() -> None:
 def test_without_head_there_are_no_head_parameters() -> None:
     whole = decoder()
     mesh = ParallelMesh()
-    body = Decoder(whole.config, TorchBackend(torch.float32, "cpu", mesh.tp), mesh.tp, with_head=False)
+    body = Decoder(whole.config, TorchBackend(torch.float32, "cpu", mesh.tp), with_head=False)
     missing = {n for n, _ in whole.named_parameters()} - {n for n, _ in body.named_parameters()}
     assert missing == {"final_norm.weight", "head.weight"}
