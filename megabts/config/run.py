@@ -11,6 +11,12 @@ from megabts.config.model import ModelConfig
 from megabts.errors import UsageError
 
 
+def _at_least(least: int, section: object, name: str, *fields: str) -> None:
+    for key in fields:
+        if getattr(section, key) < least:
+            raise UsageError(f"{name}.{key} is {getattr(section, key)}; it must be at least {least}")
+
+
 @dataclass
 class ParallelConfig:
     """Degrees of the mesh axes (pp, dp, ep, tp); data parallelism takes the ranks that remain."""
@@ -25,6 +31,9 @@ class ParallelConfig:
     """Communication library; auto is nccl on GPUs and gloo on CPU."""
     timeout: int = 300
     """Seconds after which a collective that some rank never joins ends the run."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "parallel", "tensor", "pipeline", "expert", "timeout")
 
 
 @dataclass
@@ -47,6 +56,9 @@ class DataConfig:
     """Tokenizer: a .model file, a tokenizer.json or its folder, `bytes`, or `null:VOCAB`. Saved with checkpoints."""
     eod_mask_loss: bool = False
     """Leave the end-of-document token out of the loss as an input position."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "data", "seq_length")
 
 
 @dataclass
@@ -82,8 +94,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UsageError(f"optimizer.lr is {self.lr}; it must be positive")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UsageError(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1]")
+        for name in ("min_lr_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if not 0 < self.wsd_decay <= 1:
+            raise UsageError(f"optimizer.wsd_decay is {self.wsd_decay}; it is a share of the steps in (0, 1]")
+        _at_least(0, self, "optimizer", "warmup_steps", "weight_decay", "clip_grad", "skip_sigma")
 
 
 @dataclass
@@ -106,8 +122,8 @@ class TrainConfig:
     """Samples per domain and validation."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.global_batch, self.micro_batch) < 1:
-            raise UsageError("train.steps, train.global_batch and train.micro_batch must be at least 1")
+        _at_least(1, self, "train", "steps", "global_batch", "micro_batch", "valid_samples")
+        _at_least(-1, self, "train", "valid_every")
 
 
 @dataclass
@@ -129,6 +145,9 @@ class CheckpointConfig:
     init_from: str = ""
     """Start a new run from another checkpoint's or Hugging Face folder's weights; step, optimizer, data begin at 0."""
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "checkpoint", "every", "keep")
+
 
 @dataclass
 class PrecisionConfig:
@@ -137,8 +156,6 @@ class PrecisionConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps fp32 masters in the optimizer. auto: bfloat16 where the hardware
     multiplies it natively."""
-    backend: Literal["torch"] = "torch"
-    """Layer library."""
 
 
 @dataclass
@@ -151,6 +168,9 @@ class LoggingConfig:
     """Write TensorBoard events below checkpoint.dir."""
     progress: bool = False
     """Show a progress bar in place of log lines."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "logging", "every")
 
 
 @dataclass

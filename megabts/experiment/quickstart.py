@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megabts.config.load import load_config
 from megabts.errors import UserError
-from megabts.experiment.recipe import SPLITS, Diet
+from megabts.experiment.recipe import SPLITS, Mixtures
 from megabts.runtime.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ TOKENIZER_BYTES = 2_000_000
 """Text of each domain that the tokenizer is trained on."""
 DENSE_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates tried for the dense model trained on the stitches' data."""
-VALID_WINDOWS = 400
+VALID_WINDOWS = 200
 """Windows per domain that the final losses are measured on."""
 SETTINGS = "experiment.json"
 
@@ -58,9 +58,9 @@ class Quickstart:
         path.write_text(json.dumps(mine, indent=2) + "\n")
 
     @property
-    def diet(self) -> Diet:
-        """Who eats what."""
-        return Diet(self.domains)
+    def mixtures(self) -> Mixtures:
+        """Domain weights of each training run."""
+        return Mixtures(self.domains)
 
     def run_dir(self, run: str) -> Path:
         """Folder of a training run or merged model."""
@@ -81,7 +81,7 @@ class Quickstart:
     @property
     def runs(self) -> tuple[str, ...]:
         """Names of all training runs."""
-        experts = tuple(f"expert-{domain}" for domain in self.diet.experts)
+        experts = tuple(f"expert-{domain}" for domain in self.mixtures.experts)
         return ("seed", *experts, "bts", *map(self.dense_name, DENSE_RATES))
 
     def steps(self, kind: str) -> int:
@@ -94,15 +94,15 @@ class Quickstart:
         stages = [self._corpora()] if built_in else []
         stages += self._data_stages(("corpora",) if built_in else ())
         tokenized = tuple(stage.name for stage in stages)
-        stages.append(self._train("seed", "seed", self.diet.seed, tokenized, exclusive=True))
+        stages.append(self._train("seed", "seed", self.mixtures.seed, tokenized, exclusive=True))
         experts = []
-        for domain in self.diet.experts:
-            stage = self._train(f"expert-{domain}", "expert", self.diet.expert(domain), ("seed",))
+        for domain in self.mixtures.experts:
+            stage = self._train(f"expert-{domain}", "expert", self.mixtures.expert(domain), ("seed",))
             experts.append(stage)
         stages += [*experts, self._stitch(tuple(stage.name for stage in experts))]
         for rate in DENSE_RATES:
             name = self.dense_name(rate)
-            stages.append(self._train(name, "dense", self.diet.stitch, ("seed",), "--optimizer.lr", f"{rate:g}"))
+            stages.append(self._train(name, "dense", self.mixtures.stitch, ("seed",), "--optimizer.lr", f"{rate:g}"))
         stages.append(self._soup(tuple(stage.name for stage in experts)))
         evaluations = [self._evaluate(name) for name in (*self.runs, "soup")]
         return [*stages, *evaluations, self._report(tuple(stage.name for stage in evaluations))]
@@ -179,9 +179,9 @@ class Quickstart:
         )
 
     def _stitch(self, needs: tuple[str, ...]) -> Stage:
-        experts = {domain: str(self.run_dir(f"expert-{domain}")) for domain in self.diet.experts}
+        experts = {domain: str(self.run_dir(f"expert-{domain}")) for domain in self.mixtures.experts}
         members = ("--bts.hub", str(self.run_dir("seed")), "--bts.experts", json.dumps(experts))
-        return self._train("bts", "stitch", self.diet.stitch, needs, *members)
+        return self._train("bts", "stitch", self.mixtures.stitch, needs, *members)
 
     def _soup(self, needs: tuple[str, ...]) -> Stage:
         members = [self.run_dir(name) for name in ("seed", *needs)]

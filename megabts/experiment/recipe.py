@@ -1,8 +1,8 @@
 """What the quickstart trains on what, for any set of domains.
 
-With a domain called `general` the seed eats 70% of it and the stitches 55%, the other domains sharing the rest (the
-stitch mixture of the BTS paper, arXiv 2502.00075, section 4), and every other domain gets an expert. Without one the
-domains count alike and each gets an expert. An expert eats 90% of its own domain and 10% of what the seed knew best.
+With a domain called `general` the seed's mixture is 70% of it and the stitches' 55%, the other domains sharing the rest
+(the BTS paper's stitch mixture, arXiv 2502.00075, section 4), and every other domain gets an expert. Without one the
+domains count alike and each gets an expert. An expert's mixture is 90% its own domain and 10% of the others'.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ SPLITS = ("train", "valid")
 
 
 @dataclass(frozen=True)
-class Diet:
-    """Who eats what: domain weights of each training run."""
+class Mixtures:
+    """Domain weights of each training run."""
 
     domains: tuple[str, ...]
 

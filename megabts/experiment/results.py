@@ -32,7 +32,7 @@ def make_report(quickstart: Quickstart) -> Report:
     """Everything the page and `results.json` show. Raises UserError when a stage has not been run."""
     sweep = _sweep(quickstart)
     chosen = next(point for point in sweep if point.chosen)
-    names = {"seed": "seed"} | {f"expert-{d}": f"expert-{d}" for d in quickstart.diet.experts}
+    names = {"seed": "seed"} | {f"expert-{d}": f"expert-{d}" for d in quickstart.mixtures.experts}
     names |= {"soup": "soup", DENSE: quickstart.dense_name(chosen.learning_rate), "bts": "bts"}
     models = {name: _losses(quickstart, run) for name, run in names.items()}
     loaded = load_model(quickstart.run_dir("bts"), ParallelMesh(), None, "cpu")
@@ -49,7 +49,7 @@ def make_report(quickstart: Quickstart) -> Report:
         gates=gates,
         texts=texts,
         settings=_settings(quickstart, loaded),
-        checks=checks(models, quickstart.domains, quickstart.diet.experts),
+        checks=checks(models, quickstart.domains, quickstart.mixtures.experts),
     )
 
 
@@ -132,7 +132,7 @@ def _gates(quickstart: Quickstart, loaded: LoadedModel) -> tuple[GateTable, list
     assert isinstance(model, BTSModel)
     tokenizer = build_tokenizer(loaded.tokenizer)
     sets = build_valid_datasets(loaded.config.data, GATE_WINDOWS, tokenizer=tokenizer)
-    members = ["seed", *(f"expert-{domain}" for domain in quickstart.diet.experts)]
+    members = ["seed", *(f"expert-{domain}" for domain in quickstart.mixtures.experts)]
     by_domain, texts = {}, []
     for domain, windows in sets.items():
         record = _record(model, windows)

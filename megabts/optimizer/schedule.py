@@ -39,8 +39,6 @@ def check_schedule(config: OptimizerConfig, steps: int) -> None:
             f"optimizer.warmup_steps {config.warmup_steps} does not fit train.steps {steps}; "
             f"use 0 to {steps - 1} warm-up steps"
         )
-    if config.schedule == "wsd" and not 0 < config.wsd_decay <= 1:
-        raise UsageError(f"optimizer.wsd_decay is {config.wsd_decay}; it is a share of the steps in (0, 1]")
 
 
 def _remaining_share(k: int, config: OptimizerConfig, steps: int) -> float:

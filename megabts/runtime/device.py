@@ -26,12 +26,13 @@ class Launch:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read torchrun's RANK, WORLD_SIZE and LOCAL_RANK; one process without them."""
-        get = os.environ.get
-        return cls(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
+        """Read torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ.get(name, alone)) for name, alone in zip(names, "0101", strict=True)))
 
 
 def pick_device(launch: Launch) -> torch.device:
@@ -49,9 +50,8 @@ def num_cores() -> int:
 
 def share_cores(launch: Launch) -> None:
     """Give this rank its share of the cores: oversubscribed OpenMP threads make small operations 5-10x slower."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local > 1 or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, num_cores() // local))
+    if launch.local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() // launch.local_world_size))
 
 
 def start_communication(launch: Launch, device: torch.device, backend: str, timeout: int) -> None:
@@ -103,9 +103,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """(used, total) bytes: peak allocated on a GPU, peak resident set of this process on CPU."""
+    """(used, total) bytes: peak reserved on a GPU, peak resident set of this process on CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return peak, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

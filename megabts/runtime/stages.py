@@ -146,7 +146,7 @@ def _startable(
 
 def _start(stage: Stage, threads: int) -> _Running:
     stage.log.parent.mkdir(parents=True, exist_ok=True)
-    # Passive: a waiting thread lets go of its core; spinning, a busy neighbour makes small operations many times slower.
+    # Passive: a waiting thread lets go of its core. Spinning beside a busy neighbour, it makes steps many times slower.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     try:
         with stage.log.open("wb") as log:

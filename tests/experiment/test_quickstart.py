@@ -1,4 +1,4 @@
-"""The quickstart: diets, stages, claims, and the whole of it on a few pages of text."""
+"""The quickstart: mixtures, stages, claims, and the whole of it on a few pages of text."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from megabts.errors import UserError
 from megabts.experiment.quickstart import DENSE_RATES, Quickstart, open_quickstart
-from megabts.experiment.recipe import Diet, find_corpora
+from megabts.experiment.recipe import Mixtures, find_corpora
 from megabts.experiment.results import checks, oracle_average
 
 ROOT = Path(__file__).parents[2]
@@ -38,18 +38,18 @@ WORDS = {
 
 
 def test_mixtures_with_general() -> None:
-    diet = Diet(("general", "code", "math", "multilingual"))
-    assert diet.experts == ("code", "math", "multilingual")
-    assert diet.seed == pytest.approx({"general": 0.7, "code": 0.1, "math": 0.1, "multilingual": 0.1})
-    assert diet.stitch == pytest.approx({"general": 0.55, "code": 0.15, "math": 0.15, "multilingual": 0.15})
-    assert diet.expert("code") == pytest.approx({"code": 0.9, "general": 0.1})
+    mixtures = Mixtures(("general", "code", "math", "multilingual"))
+    assert mixtures.experts == ("code", "math", "multilingual")
+    assert mixtures.seed == pytest.approx({"general": 0.7, "code": 0.1, "math": 0.1, "multilingual": 0.1})
+    assert mixtures.stitch == pytest.approx({"general": 0.55, "code": 0.15, "math": 0.15, "multilingual": 0.15})
+    assert mixtures.expert("code") == pytest.approx({"code": 0.9, "general": 0.1})
 
 
 def test_mixtures_without_general() -> None:
-    diet = Diet(("code", "math", "prose"))
-    assert diet.experts == ("code", "math", "prose")
-    assert diet.seed == diet.stitch == pytest.approx(dict.fromkeys(diet.domains, 1 / 3))
-    assert diet.expert("math") == pytest.approx({"math": 0.9, "code": 0.05, "prose": 0.05})
+    mixtures = Mixtures(("code", "math", "prose"))
+    assert mixtures.experts == ("code", "math", "prose")
+    assert mixtures.seed == mixtures.stitch == pytest.approx(dict.fromkeys(mixtures.domains, 1 / 3))
+    assert mixtures.expert("math") == pytest.approx({"math": 0.9, "code": 0.05, "prose": 0.05})
 
 
 def test_find_corpora(tmp_path: Path) -> None:

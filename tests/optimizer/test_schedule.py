@@ -59,7 +59,7 @@ def test_constant_keeps_the_peak_and_runs_past_the_end_keep_the_last_rate() -> N
     assert learning_rate(10, config, 5) == learning_rate(4, config, 5)
 
 
-@pytest.mark.parametrize("warmup", [10, 11, -1])
+@pytest.mark.parametrize("warmup", [10, 11])
 def test_warm_up_must_end_before_the_run(warmup: int) -> None:
     with pytest.raises(UsageError, match=r"warmup_steps .* does not fit train.steps 10"):
         learning_rate(0, OptimizerConfig(warmup_steps=warmup), 10)

@@ -25,22 +25,19 @@ def test_launch_without_a_launcher_is_one_rank(no_launcher: pytest.MonkeyPatch) 
 
 
 def test_launch_reads_what_torchrun_sets(no_launcher: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         no_launcher.setenv(name, value)
-    assert Launch.from_environment() == Launch(5, 8, 1)
+    assert Launch.from_environment() == Launch(5, 8, 1, 2)
 
 
 def test_cores_are_shared_among_the_ranks_of_a_node(no_launcher: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
         no_launcher.setattr(runtime, "num_cores", lambda: 12)
-        no_launcher.setenv("LOCAL_WORLD_SIZE", "4")
-        runtime.share_cores(Launch(0, 4, 0))
+        runtime.share_cores(Launch(0, 4, 0, 4))
         assert torch.get_num_threads() == 3
-        no_launcher.setenv("LOCAL_WORLD_SIZE", "40")
-        runtime.share_cores(Launch(0, 40, 0))
+        runtime.share_cores(Launch(0, 40, 0, 40))
         assert torch.get_num_threads() == 1
-        no_launcher.delenv("LOCAL_WORLD_SIZE")
         no_launcher.setenv("OMP_NUM_THREADS", "2")  # a user's own choice stays
         runtime.share_cores(Launch())
         assert torch.get_num_threads() == 1
