@@ -21,7 +21,7 @@ MINUTES = 12
 VOCAB_SIZE = 4096
 TOKENIZER_BYTES = 2_000_000
 """Text of each domain that the tokenizer is trained on."""
-DENSE_RATES = (3e-4, 1e-3, 3e-3)
+DENSE_RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates tried for the dense model trained on the stitches' data."""
 VALID_WINDOWS = 200
 """Windows per domain that the final losses are measured on."""
