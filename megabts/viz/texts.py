@@ -53,15 +53,9 @@ def colour_text(text: TokenText, colours: dict[str, str], members: Sequence[str]
 def visible(token: str) -> Markup:
     """A token as markup in which everything can be seen.
 
-    SentencePiece's "▁" is a space and its byte pieces ("<0x0A>") are their bytes; a newline gets a mark; what cannot
-    be printed (controls, lone surrogates, direction marks, bytes of cut characters) is written as its code.
+    A newline gets a mark; what cannot be printed (controls, lone surrogates, direction marks, bytes of cut characters)
+    is written as its code.
     """
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            byte = int(token[3:5], 16)
-        except ValueError:
-            return escape(token)
-        return _visible_character(chr(byte)) if byte < 128 else _code(f"\\x{byte:02x}")
     return Markup("").join(_visible_character(character) for character in token)
 
 
@@ -69,8 +63,6 @@ def _visible_character(character: str) -> Markup:
     code = ord(character)
     if character == "\n":
         return Markup('<i class="newline"></i>\n')
-    if character == "▁":
-        return Markup(" ")
     if character == "\t" or not unicodedata.category(character).startswith("C"):
         return escape(character)
     if 0xDC80 <= code <= 0xDCFF:
