@@ -33,7 +33,8 @@ def told_once() -> Iterator[None]:
             raise SystemExit(1) from None
         if not _lost_contact(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        what = str(error).partition("] ")[2].partition(". ")[0]  # gloo says "[pair.cc:553] WHAT. ADVICE"
+        reason = what or type(error).__name__
         raise UserError(
             f"lost contact with another rank: it was killed or hangs ({reason}); look at its log, and start again with "
             "--checkpoint.resume true"
