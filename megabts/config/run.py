@@ -166,11 +166,14 @@ class LoggingConfig:
     """Steps between log lines."""
     tensorboard: bool = True
     """Write TensorBoard events below checkpoint.dir."""
+    adam_every: int = 0
+    """Steps between reports of Adam's health per layer (update norm, cosine to the gradient, bimodality); 0: never."""
     progress: bool = False
     """Show a progress bar in place of log lines."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "logging", "every")
+        _at_least(0, self, "logging", "adam_every")
 
 
 @dataclass

@@ -5,7 +5,7 @@ gradient, master and moment buffers, and one fused kernel steps it. Parameters o
 the fp32 masters. State is kept per parameter name, so a checkpoint knows nothing of the flat layout.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import groupby
 
@@ -74,6 +74,12 @@ class MasterAdamW:
             group["lr"] = lr * group["scale"]
         self.adamw.step()
         torch._foreach_copy_(list(self.parameters), split_like(self.master, self.parameters))
+
+    def named_state(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """(name, gradient, first moment, second moment) of every parameter, flat."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        buffers = (self.gradients.flat, *(self.moments[moment] for moment in MOMENTS))
+        return zip(self.names, *(buffer.split(sizes) for buffer in buffers), strict=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and masters by `KIND.PARAMETER`, each in the parameter's shape (views, not copies)."""

@@ -18,10 +18,11 @@ from megabts.errors import UserError
 from megabts.evaluation.perplexity import domain_losses
 from megabts.model.flops import bts_flops, dense_flops
 from megabts.optimizer.schedule import check_schedule
-from megabts.optimizer.stability import SpikeGuard
+from megabts.optimizer.stability import AdamMonitor, SpikeGuard
 from megabts.parallel.collectives import all_reduce, broadcast_object
 from megabts.runtime.device import memory, peak_flops, synchronize
 from megabts.runtime.metrics import MetricsLogger, StepStats
+from megabts.train.health import adam_health
 from megabts.train.setup import Run
 from megabts.train.state import restore, save
 from megabts.train.step import StepResult, train_step
@@ -217,7 +218,16 @@ class Trainer:
             memory_total_bytes=total,
             data_seconds=data_seconds,
             skipped_steps=self.guard.skipped,
+            extra=self._adam_health(step),
         )
+
+    def _adam_health(self, step: int) -> dict[str, float]:
+        every, updates = self.config.logging.adam_every, step - self.guard.skipped
+        if every == 0 or step % every or updates == 0:
+            return {}
+        settings = self.config.optimizer
+        monitor = AdamMonitor(settings.beta1, settings.beta2, settings.eps)
+        return adam_health(self.run.optimizer, monitor, updates)
 
 
 def _flops_per_token(run: Run) -> float:

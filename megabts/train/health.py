@@ -1,0 +1,36 @@
+"""Adam's health during training, per layer: the figures that foretell an instability (arXiv 2304.09871)."""
+
+import logging
+
+from torch import Tensor
+
+from megabts.optimizer.adamw import MasterAdamW
+from megabts.optimizer.stability import AdamMonitor
+
+log = logging.getLogger(__name__)
+
+
+def adam_health(optimizer: MasterAdamW, monitor: AdamMonitor, updates: int) -> dict[str, float]:
+    """Update norm, cosine with the gradient and bimodality of every layer after `updates` updates, by name.
+
+    A layer whose updates are bimodal near +-1 is also reported as a warning.
+    """
+    sums: dict[str, Tensor] = {}
+    for name, gradient, first, second in optimizer.named_state():
+        layer, statistics = layer_of(name), monitor.statistics(gradient, first, second, updates)
+        sums[layer] = sums[layer] + statistics if layer in sums else statistics
+    figures = {}
+    for layer, statistics in sums.items():
+        health = monitor.health(statistics, updates)
+        figures[f"adam_update_norm/{layer}"] = health.update_norm
+        figures[f"adam_cosine/{layer}"] = health.cosine
+        figures[f"adam_bimodality/{layer}"] = health.bimodality
+        if health.warning:
+            log.warning(f"Adam's updates of {layer} are bimodal near +-1 ({health.bimodality:.2f}); a spike may follow")
+    return figures
+
+
+def layer_of(name: str) -> str:
+    """The group a parameter is watched in: "layers.3.mlp.down.weight" -> "layers.3", "head.weight" -> "head"."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
