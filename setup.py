@@ -38,6 +38,7 @@ setup(
         "jinja2",
     ],
     extras_require={
+        # te, eval and serve: for backends and tools that this version does not have yet (docs/dependencies.md).
         "te": ["transformer-engine[pytorch]"],
         "hf": [TRANSFORMERS],
         "eval": ["lm_eval[hf]"],
