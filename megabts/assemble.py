@@ -16,15 +16,23 @@ from megabts.bts.model import BTSModel
 from megabts.build import describe, make_backend, torch_dtype
 from megabts.checkpoint.folder import load_tensors, write_checkpoint
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, read_manifest
-from megabts.checkpoint.source import CONFIG_FILE, TOKENIZER_FOLDER, DenseSource, check_same_shape, open_dense
+from megabts.checkpoint.source import CONFIG_FILE, DenseSource, check_same_shape, open_dense
 from megabts.config.load import to_yaml
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.merge.soup import average
 from megabts.parallel.mesh import ParallelMesh
+from megabts.tokenizers.build import find_tokenizer
+from megabts.tokenizers.protocol import TOKENIZER_FOLDER
 
-TOKENIZER_FILES = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "tokenizer_spec.json"}
+TOKENIZER_FILES = {
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer_spec.json",
+}
 
 SEED = 0
 """Stitches start from constants and identities: the seed of their start decides nothing."""
@@ -99,10 +107,10 @@ def _tokenizer_of(source: DenseSource) -> TokenizerSource:
 
 def _kept_tokenizer(folder: Path, hub: DenseSource) -> TokenizerSource:
     """A checkpoint's own tokenizer, which training may have set, else its hub's."""
-    inside = folder / TOKENIZER_FOLDER
-    if not inside.is_dir():
+    own = find_tokenizer(folder)
+    if not own:
         return _tokenizer_of(hub)
-    return TokenizerSource(str(inside), read_manifest(folder).state.get("tokenizer_fingerprint", ""))
+    return TokenizerSource(own, read_manifest(folder).state.get("tokenizer_fingerprint", ""))
 
 
 def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor]:

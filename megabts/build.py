@@ -13,7 +13,7 @@ from megabts.bts.model import BTSModel
 from megabts.checkpoint.folder import load_tensors
 from megabts.checkpoint.hf import config_from_hf, dtype_from_hf, is_hf_folder, weights_from_hf
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, check_member, read_manifest
-from megabts.checkpoint.source import CONFIG_FILE, TOKENIZER_FOLDER, open_dense
+from megabts.checkpoint.source import CONFIG_FILE, open_dense
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
 from megabts.config.model import ModelConfig
@@ -24,6 +24,7 @@ from megabts.model.decoder import Decoder
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise, load_full
+from megabts.tokenizers.build import find_tokenizer
 
 Built = Decoder | BTSModel
 
@@ -95,7 +96,7 @@ def load_model(
         weights_from_hf(folder) if is_hf_folder(folder) else load_tensors(folder, MODEL_FILE, verify=False).items()
     )
     load_full(model.own_parameters(), weights, mesh, str(folder))
-    return LoadedModel(model, config, folder, members, _tokenizer(folder))
+    return LoadedModel(model, config, folder, members, find_tokenizer(folder))
 
 
 def describe(path: str | Path) -> tuple[RunConfig, Path, list[MemberRecord]]:
@@ -119,12 +120,6 @@ def describe(path: str | Path) -> tuple[RunConfig, Path, list[MemberRecord]]:
 def torch_dtype(config: RunConfig) -> torch.dtype:
     """The dtype a checkpoint's run computed in; `auto` is float32 wherever the hardware is not asked."""
     return torch.bfloat16 if config.precision.dtype == "bfloat16" else torch.float32
-
-
-def _tokenizer(folder: Path) -> str:
-    if (folder / TOKENIZER_FOLDER).is_dir():
-        return str(folder / TOKENIZER_FOLDER)
-    return str(folder) if (folder / "tokenizer.json").exists() else ""
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

@@ -61,7 +61,8 @@ def main() -> None:
         raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
     tokenizer = build_tokenizer(args.tokenizer or folder)
     stop_ids = (tokenizer.eod_id,) if tokenizer.has_eod else ()
-    settings = replace(settings, stop_ids=stop_ids, num_ids=tokenizer.vocab_size)
+    eod_id = tokenizer.eod_id if tokenizer.has_eod else None
+    settings = replace(settings, stop_ids=stop_ids, eod_id=eod_id, num_ids=tokenizer.vocab_size)
     prompts = [begin(text, tokenizer) for text in texts]
     engine = generate_uncached if args.no_cache else generate
     start = time.perf_counter()
@@ -130,9 +131,10 @@ def load_without(
     from megabts.build import describe, make_backend
     from megabts.checkpoint.folder import load_tensors
     from megabts.checkpoint.manifest import MODEL_FILE
-    from megabts.checkpoint.source import TOKENIZER_FOLDER, open_dense
+    from megabts.checkpoint.source import open_dense
     from megabts.parallel.mesh import ParallelMesh
     from megabts.parallel.sharding import load_full
+    from megabts.tokenizers.build import find_tokenizer
 
     config, folder, members = describe(path)
     if config.method != "bts":
@@ -146,8 +148,7 @@ def load_without(
         if member.name in bts.members:
             load_member(model, member.name, open_dense(member.path).weights(), mesh, member.path)
     load_full(model.own_parameters(), stitches.items(), mesh, str(folder))
-    tokenizer = folder / TOKENIZER_FOLDER
-    return model, str(tokenizer) if tokenizer.is_dir() else ""
+    return model, find_tokenizer(folder)
 
 
 def stream(run: Callable[["OnToken"], list[list[int]]], prompt: list[int], tokenizer: "Tokenizer") -> list[list[int]]:

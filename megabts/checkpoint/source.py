@@ -14,9 +14,9 @@ from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError, UserError
+from megabts.tokenizers.build import find_tokenizer
 
 CONFIG_FILE = "config.yaml"
-TOKENIZER_FOLDER = "tokenizer"
 FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
 """Model settings in which members may differ: they do not change what the weights compute from one document."""
 
@@ -51,15 +51,13 @@ def open_dense(path: str | Path) -> DenseSource:
         raise UserError(f"there is no folder {folder}; give a checkpoint, a run folder or a Hugging Face folder")
     if is_hf_folder(folder):
         config = ModelConfig(**config_from_hf(folder))
-        tokenizer = str(folder) if (folder / "tokenizer.json").exists() else ""
-        return DenseSource(folder, config, content_hash(folder), tokenizer, "")
+        return DenseSource(folder, config, content_hash(folder), find_tokenizer(folder), "")
     folder = resolve(folder)
     run = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))
     if run.method != "dense":
         raise UserError(f"{folder} holds a model of method {run.method}, not a dense one; members must be dense models")
     fingerprint = read_manifest(folder).state.get("tokenizer_fingerprint", "")
-    inside = folder / TOKENIZER_FOLDER
-    return DenseSource(folder, run.model, content_hash(folder), str(inside) if inside.is_dir() else "", fingerprint)
+    return DenseSource(folder, run.model, content_hash(folder), find_tokenizer(folder), fingerprint)
 
 
 def check_same_shape(sources: dict[str, DenseSource]) -> None:

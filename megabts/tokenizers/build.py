@@ -6,11 +6,12 @@ from pathlib import Path
 
 from megabts.errors import UsageError, UserError
 from megabts.tokenizers.hugging_face import DEFINITION_FILE, HuggingFaceTokenizer
-from megabts.tokenizers.protocol import SPEC_FILE, Tokenizer, read_definition
+from megabts.tokenizers.protocol import SPEC_FILE, TOKENIZER_FOLDER, Tokenizer, read_definition
 from megabts.tokenizers.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 from megabts.tokenizers.simple import BytesTokenizer, NullTokenizer
 
 _KINDS = "a .model file (SentencePiece), a tokenizer.json or a folder with one, 'bytes', or 'null:VOCAB'"
+_DEFINITIONS = (SPEC_FILE, DEFINITION_FILE, MODEL_FILE)
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "GPT2BPETokenizer", "NullTokenizer")
 _REFUSED_TYPES = {
@@ -37,7 +38,10 @@ def build_tokenizer(spec: str | Path, include_special_tokens: bool = False) -> T
         return _build_null(name)
     path = Path(name)
     if path.is_dir():
-        path = _definition_in(path)
+        file = _definition_in(path)
+        if file is None:
+            raise UserError(f"tokenizer folder {path} has none of {', '.join(_DEFINITIONS)}; give {_KINDS}")
+        path = file
     if not path.exists():
         raise UserError(f"tokenizer {name} does not exist: give {_KINDS}")
     if path.name == SPEC_FILE:
@@ -49,11 +53,14 @@ def build_tokenizer(spec: str | Path, include_special_tokens: bool = False) -> T
     raise UserError(f"tokenizer {name} is of an unknown kind: give {_KINDS}")
 
 
-def _definition_in(folder: Path) -> Path:
-    for file in (SPEC_FILE, DEFINITION_FILE, MODEL_FILE):
-        if (folder / file).is_file():
-            return folder / file
-    raise UserError(f"tokenizer folder {folder} has none of {SPEC_FILE}, {DEFINITION_FILE}, {MODEL_FILE}")
+def find_tokenizer(folder: str | Path) -> str:
+    """The folder of a model's tokenizer: a checkpoint's `tokenizer`, or a Hugging Face folder itself; "" for none."""
+    places = (Path(folder) / TOKENIZER_FOLDER, Path(folder))
+    return next((str(place) for place in places if _definition_in(place)), "")
+
+
+def _definition_in(folder: Path) -> Path | None:
+    return next((folder / file for file in _DEFINITIONS if (folder / file).is_file()), None)
 
 
 def _build_null(spec: str) -> NullTokenizer:

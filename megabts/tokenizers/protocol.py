@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 
 from megabts.errors import UserError
 
+TOKENIZER_FOLDER = "tokenizer"
+"""The folder of a checkpoint that holds its tokenizer."""
 SPEC_FILE = "tokenizer_spec.json"
 """Canonical file of the tokenizers that need no model (bytes, integers): {"tokenizer": "bytes"}."""
 

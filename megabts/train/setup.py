@@ -10,7 +10,6 @@ import torch
 from megabts.bts.build import open_members
 from megabts.build import Built, LoadedModel, describe, load_model, make_backend, new_model
 from megabts.checkpoint.manifest import MemberRecord
-from megabts.checkpoint.source import TOKENIZER_FOLDER
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.config.run import RunConfig
@@ -21,7 +20,7 @@ from megabts.errors import UsageError
 from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled
 from megabts.parallel.mesh import ParallelMesh, build_mesh
 from megabts.runtime.device import Launch, pick_device, resolve_dtype, share_cores, start_communication
-from megabts.tokenizers.build import build_tokenizer
+from megabts.tokenizers.build import build_tokenizer, find_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def adopt_sizes(config: RunConfig, explicit: set[str]) -> RunConfig:
         found, folder, _ = describe(config.checkpoint.init_from)
         if "method" in explicit and found.method != config.method:
             raise UsageError(f"method is {config.method}, but {folder} holds a model of method {found.method}")
-        model, tokenizer = found.model, _tokenizer_in(folder)
+        model, tokenizer = found.model, find_tokenizer(folder)
         bts = _adopt(config.bts, found.bts, "bts", BTS_FREE, explicit, folder)
         config = replace(config, method=found.method, bts=bts)
     elif config.method == "bts":
@@ -102,14 +101,6 @@ def _adopt(given: Section, found: Section, section: str, free: set[str], explici
         if asked != has:
             raise UsageError(f"{section}.{name} is {asked}, but the weights in {folder} have {has}; leave it out")
     return replace(found, **{name: getattr(given, name) for name in chosen & free})
-
-
-def _tokenizer_in(folder: Path) -> str:
-    """The tokenizer of a checkpoint or Hugging Face folder, "" when it has none."""
-    inside = folder / TOKENIZER_FOLDER
-    if inside.is_dir():
-        return str(inside)
-    return str(folder) if (folder / "tokenizer.json").is_file() else ""
 
 
 def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Run:

@@ -7,13 +7,14 @@ from typing import Any
 
 from megabts.checkpoint.folder import load_tensors
 from megabts.checkpoint.manifest import MODEL_FILE, CheckpointError, read_manifest
-from megabts.checkpoint.source import CONFIG_FILE, TOKENIZER_FOLDER
+from megabts.checkpoint.source import CONFIG_FILE
 from megabts.checkpoint.storage import save_step
 from megabts.config.load import differing_keys, from_yaml, to_yaml
 from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.sharding import load_full
+from megabts.tokenizers.protocol import TOKENIZER_FOLDER
 from megabts.train.setup import Run
 
 log = logging.getLogger(__name__)

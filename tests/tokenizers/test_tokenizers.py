@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 
 from megabts.errors import UsageError, UserError
-from megabts.tokenizers.build import build_tokenizer, build_tokenizer_from_flags
+from megabts.tokenizers.build import build_tokenizer, build_tokenizer_from_flags, find_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
 from megabts.tokenizers.train import bytes_per_token, train_tokenizer
 
@@ -260,6 +261,16 @@ def test_wrong_specs(spec: str, message: str) -> None:
 def test_an_empty_folder_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has none of"):
         build_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_of_a_model_folder(folder: Path, trained: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """A Llama 2 folder has a tokenizer.model alone; a checkpoint has the folder `tokenizer`."""
+    assert find_tokenizer(tmp_path) == ""
+    for name in ("sp", "hf"):
+        assert find_tokenizer(folder / name) == str(folder / name)
+    shutil.copytree(folder / "hf", tmp_path / "tokenizer")
+    assert find_tokenizer(tmp_path) == str(tmp_path / "tokenizer")
+    assert find_tokenizer(tmp_path / "nowhere") == ""
 
 
 def test_megatron_types(folder: Path, trained: dict[str, Tokenizer]) -> None:
