@@ -7,7 +7,7 @@ reads anything.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,34 +15,19 @@ from megabts.bts.build import add_expert, member_records, open_members, remove_e
 from megabts.bts.model import BTSModel
 from megabts.build import describe, make_backend, torch_dtype
 from megabts.checkpoint.folder import load_tensors, write_checkpoint
-from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, read_manifest
-from megabts.checkpoint.source import CONFIG_FILE, DenseSource, check_same_shape, open_dense
+from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord
+from megabts.checkpoint.source import CONFIG_FILE, check_same_shape, open_dense
 from megabts.config.load import to_yaml
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.merge.soup import average
 from megabts.parallel.mesh import ParallelMesh
-from megabts.tokenizers.build import find_tokenizer
-from megabts.tokenizers.protocol import TOKENIZER_FOLDER
-
-TOKENIZER_FILES = {
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer_spec.json",
-}
+from megabts.tokenizers.build import build_tokenizer, find_tokenizer
+from megabts.tokenizers.protocol import checkpoint_files
 
 SEED = 0
 """Stitches start from constants and identities: the seed of their start decides nothing."""
-
-
-class TokenizerSource(NamedTuple):
-    """The tokenizer that a new checkpoint gets: its folder ("" for none) and fingerprint ("" when unknown)."""
-
-    folder: str
-    fingerprint: str
 
 
 def stitch(bts: BTSConfig, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> RunConfig:
@@ -51,7 +36,7 @@ def stitch(bts: BTSConfig, out: Path, *, dtype: Literal["float32", "bfloat16"] =
     sources = open_members(bts)
     config = RunConfig(method="bts", model=sources[HUB].config, bts=bts)
     config = replace(config, precision=replace(config.precision, dtype=dtype))
-    return _write(out, config, _initial(config, {}), member_records(sources), _tokenizer_of(sources[HUB]))
+    return _write(out, config, _initial(config, {}), member_records(sources), sources[HUB].tokenizer)
 
 
 def add(checkpoint: Path, name: str, path: str, out: Path, *, train_all: bool = False) -> RunConfig:
@@ -64,7 +49,7 @@ def add(checkpoint: Path, name: str, path: str, out: Path, *, train_all: bool = 
     config = replace(config, bts=add_expert(config.bts, name, path, train_all=train_all))
     sources = open_members(config.bts)
     stitches = _initial(config, load_tensors(folder, MODEL_FILE, verify=False))
-    return _write(out, config, stitches, member_records(sources), _kept_tokenizer(folder, sources[HUB]))
+    return _write(out, config, stitches, member_records(sources), find_tokenizer(folder) or sources[HUB].tokenizer)
 
 
 def remove(checkpoint: Path, name: str, out: Path) -> RunConfig:
@@ -73,7 +58,7 @@ def remove(checkpoint: Path, name: str, out: Path) -> RunConfig:
     config, folder = _open_bts(checkpoint)
     bts, kept = remove_expert(config.bts, load_tensors(folder, MODEL_FILE, verify=False), name)
     sources = open_members(bts)
-    tokenizer = _kept_tokenizer(folder, sources[HUB])
+    tokenizer = find_tokenizer(folder) or sources[HUB].tokenizer
     return _write(out, replace(config, bts=bts), kept, member_records(sources), tokenizer)
 
 
@@ -85,7 +70,7 @@ def soup(members: Mapping[str, tuple[str, float]], out: Path) -> RunConfig:
     weights = [weight for _, weight in members.values()]
     merged = average([dict(source.weights()) for source in sources.values()], weights)
     first = next(iter(sources.values()))
-    return _write(out, RunConfig(model=first.config), merged, [], _tokenizer_of(first))
+    return _write(out, RunConfig(model=first.config), merged, [], first.tokenizer)
 
 
 def _check_free(out: Path) -> None:
@@ -101,18 +86,6 @@ def _open_bts(checkpoint: Path) -> tuple[RunConfig, Path]:
     return config, folder
 
 
-def _tokenizer_of(source: DenseSource) -> TokenizerSource:
-    return TokenizerSource(source.tokenizer, source.tokenizer_fingerprint)
-
-
-def _kept_tokenizer(folder: Path, hub: DenseSource) -> TokenizerSource:
-    """A checkpoint's own tokenizer, which training may have set, else its hub's."""
-    own = find_tokenizer(folder)
-    if not own:
-        return _tokenizer_of(hub)
-    return TokenizerSource(own, read_manifest(folder).state.get("tokenizer_fingerprint", ""))
-
-
 def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All stitch tensors of `config`: the known ones, and the others at their start."""
     mesh = ParallelMesh()
@@ -125,17 +98,11 @@ def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _write(
-    out: Path,
-    config: RunConfig,
-    tensors: Mapping[str, Tensor],
-    members: list[MemberRecord],
-    tokenizer: TokenizerSource,
+    out: Path, config: RunConfig, tensors: Mapping[str, Tensor], members: list[MemberRecord], tokenizer_folder: str
 ) -> RunConfig:
     """A checkpoint folder of `config` at `out`."""
-    files = {}
-    if tokenizer.folder:
-        names = TOKENIZER_FILES & {path.name for path in Path(tokenizer.folder).iterdir()}
-        files = {f"{TOKENIZER_FOLDER}/{name}": Path(tokenizer.folder) / name for name in sorted(names)}
-    state: dict[str, Any] = {"step": 0, "tokenizer_fingerprint": tokenizer.fingerprint}
-    write_checkpoint(out, {MODEL_FILE: tensors}, {CONFIG_FILE: to_yaml(config)}, state, members, files)
+    tokenizer = build_tokenizer(tokenizer_folder) if tokenizer_folder else None
+    state = {"step": 0, "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else ""}
+    blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(tokenizer)}
+    write_checkpoint(out, {MODEL_FILE: tensors}, blobs, state, members)
     return config

@@ -29,9 +29,7 @@ def open_members(bts: BTSConfig) -> dict[str, DenseSource]:
     """
     if not bts.hub or not bts.experts:
         raise UsageError("method bts needs bts.hub DIR and at least one bts.experts.NAME DIR")
-    unknown = set(bts.trainable) - {*bts.members, "*"}
-    if unknown:
-        raise UsageError(f"bts.trainable names {sorted(unknown)}; the members are {', '.join(bts.members)}")
+    bts.check_trainable()
     sources = {name: open_dense(path) for name, path in {HUB: bts.hub, **bts.experts}.items()}
     check_same_shape(sources)
     return sources

@@ -3,10 +3,11 @@
 The gate is a vector per member and token; what is recorded is its mean over the hidden dimensions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from megabts.bts.model import BTSModel
@@ -20,9 +21,10 @@ class GateRecord:
     """By stitch layer: one tensor [members gated, s, b] a forward pass, float32 on CPU. Experts-into-Hub gates begin
     with the hub's and sum to 1 over members; Hub-into-Experts gates belong to the experts alone."""
 
-    def add(self, stitch: int, gates: Tensor) -> None:
-        """Keep the mean over the hidden dimension of gates [members gated, s, b, D]."""
-        self.layers.setdefault(stitch, []).append(gates.detach().float().mean(-1).cpu())
+    def add(self, stitch: int, gates: Sequence[Tensor]) -> None:
+        """Keep the means over the hidden dimension of the gated members' gates, each [s, b, D]."""
+        means = torch.stack([gate.detach().float().mean(-1) for gate in gates])
+        self.layers.setdefault(stitch, []).append(means.cpu())
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from megabts.model.decoder import Decoder
 from megabts.parallel.sharding import ParamMeta, name_seed, named_metas
 from megabts.parallel.tensor import freeze
 
-GateObserver = Callable[[int, Tensor], None]
+GateObserver = Callable[[int, Sequence[Tensor]], None]
 
 
 class BTSModel(nn.Module):
@@ -61,8 +61,8 @@ class BTSModel(nn.Module):
             if not first < point.after <= last:
                 continue
             states, begin = self._run_members(begin, point.after, states, context, cache), point.after
-            seed = None if context.dropout_seed is None else name_seed(f"stitch {index}", context.dropout_seed)
-            states, gates = stitch(states, seed, last=point.after == self.config.num_layers)
+            seeds = context.dropout_seeds and [name_seed(f"stitch {index}", seed) for seed in context.dropout_seeds]
+            states, gates = stitch(states, seeds, last=point.after == self.config.num_layers)
             for observer in self._observers:
                 observer(index, gates)
         return torch.stack(self._run_members(begin, last, states, context, cache))

@@ -37,14 +37,14 @@ def hub_into_experts(expert: Tensor, projected_hub: Tensor, gate: Tensor) -> Ten
     return torch.lerp(expert, projected_hub, gate)
 
 
-def gate_dropout(logits: Tensor, probability: float, seed: int | None) -> Tensor:
-    """Dropout on gate logits [.., D] with a mask that depends on `seed` alone; None or 0 changes nothing."""
-    if seed is None or probability == 0:
+def gate_dropout(logits: Tensor, probability: float, seeds: Sequence[int] | None) -> Tensor:
+    """Dropout on gate logits [s, b, D]; the mask of sample j depends on seeds[j] alone. None or 0 changes nothing."""
+    if seeds is None or probability == 0:
         return logits
-    generator = torch.Generator(logits.device).manual_seed(seed)
-    keep = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    keep.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
-    return logits * keep
+    keep = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    for sample, seed in enumerate(seeds):
+        keep[:, sample].bernoulli_(1 - probability, generator=torch.Generator(logits.device).manual_seed(seed))
+    return (logits * keep.div_(1 - probability)).to(logits.dtype)
 
 
 class Stitch(nn.Module):
@@ -77,37 +77,47 @@ class Stitch(nn.Module):
         return nn.Parameter(torch.empty(shape, dtype=backend.dtype, device=backend.device))
 
     def forward(
-        self, states: Sequence[Tensor], dropout_seed: int | None = None, *, last: bool = False
-    ) -> tuple[list[Tensor], Tensor]:
+        self, states: Sequence[Tensor], dropout_seeds: Sequence[int] | None = None, *, last: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """States of (hub, *experts), each [s, b, D] -> (new states, gates).
 
-        Gates are [n+1, s, b, D] (Experts-into-Hub, the hub first) or [n, s, b, D] (Hub-into-Experts). `last`: nothing
-        reads the experts any more, and the hub's new state alone is returned.
+        Gates, each [s, b, D], are those of (hub, *experts) at an Experts-into-Hub layer and of the experts at a
+        Hub-into-Experts layer. `dropout_seeds`: one per sample; None: no dropout. `last`: nothing reads the experts any
+        more, and the hub's new state alone is returned.
         """
-        seed = dropout_seed if self.training else None
-        gates = self._gates(states[0], seed)
+        logits = self._gate_logits(states[0], dropout_seeds if self.training else None)
         projections = list(self.projections.values())
         if self.kind == "hub_into_experts":
+            gates = [logit.sigmoid() for logit in logits]
             mixed = [
                 hub_into_experts(expert, project(states[0]), gate)
                 for expert, project, gate in zip(states[1:], projections, gates, strict=True)
             ]
             return [states[0], *mixed], gates
+        softmax = torch.stack(logits).softmax(0)
         projected = [project(expert) for project, expert in zip(projections, states[1:], strict=True)]
-        hub = experts_into_hub(states[0], projected, gates)
+        hub = experts_into_hub(states[0], projected, softmax)
+        gates = list(softmax.unbind(0))
         if self.mix is not None:
             hub = torch.lerp(states[0], hub, self.mix)
+            gates = _diluted(gates, self.mix)
         if last:
             return [hub], gates
         return [hub, *(projected if self.expert_stream == "projected" else states[1:])], gates
 
-    def _gates(self, hub: Tensor, seed: int | None) -> Tensor:
-        logits = [
-            gate_dropout(gate(hub), self.dropout, None if seed is None else name_seed(name, seed))
-            for name, gate in self.gates.items()
-        ]
-        if self.kind == "hub_into_experts":
-            return torch.stack(logits).sigmoid()
+    def _gate_logits(self, hub: Tensor, seeds: Sequence[int] | None) -> list[Tensor]:
+        logits = []
+        for name, gate in self.gates.items():
+            mine = None if seeds is None else [name_seed(name, seed) for seed in seeds]
+            logits.append(gate_dropout(gate(hub), self.dropout, mine))
         if self.hub_bias is not None:
             logits[0] = logits[0] + self.hub_bias
-        return torch.stack(logits).softmax(0)
+        return logits
+
+
+@torch.no_grad()
+def _diluted(gates: Sequence[Tensor], mix: Tensor) -> list[Tensor]:
+    """The weights that members really have in h_0 + mix * (mixed - h_0), in fp32."""
+    diluted = [gate.float() * mix.float() for gate in gates]
+    diluted[0] += 1 - mix.float()
+    return diluted

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megabts.checkpoint.durable import beside, read_chunks, remove_tree, sync_folder, write_file
+from megabts.checkpoint.durable import beside, remove_tree, sync_folder, write_file
 from megabts.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -34,29 +34,26 @@ TensorFiles = Mapping[str, Mapping[str, torch.Tensor]]
 def write_checkpoint(
     folder: Path,
     files: TensorFiles,
-    texts: Mapping[str, str],
+    blobs: Mapping[str, bytes],
     state: Mapping[str, Any],
     members: Sequence[MemberRecord] = (),
-    extra_files: Mapping[str, Path] | None = None,
 ) -> None:
     """Write one checkpoint folder, durably and all or nothing; an existing one of that name is replaced.
 
-    `files`: tensors by file name, then by tensor name, on any device. `texts`: contents by file name. `state`: JSON
-    data. `members`: with absolute paths. `extra_files`: files to copy, by name inside (`tokenizer/tokenizer.json`).
+    `files`: tensors by file name, then by tensor name, on any device. `blobs`: contents of small files by name inside
+    (`tokenizer/tokenizer.json`). `state`: JSON data. `members`: with absolute paths.
     Raises CheckpointError (no space, disk failure, bad name); nothing is left behind then.
     """
     folder = Path(folder)
-    copies = extra_files or {}
-    _check_names([*files, *texts, *copies], folder)
+    _check_names([*files, *blobs], folder)
     sources: dict[str, Iterable[bytes | memoryview]] = {name: serialize(tensors) for name, tensors in files.items()}
-    sources |= {name: [text.encode()] for name, text in texts.items()}
-    sources |= {name: read_chunks(Path(path)) for name, path in copies.items()}
+    sources |= {name: [content] for name, content in blobs.items()}
     aside = beside(folder, "tmp")
     needed = 0
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_tree(aside)
-        needed = _space_needed(files, texts, copies)
+        needed = _space_needed(files, blobs)
         if needed > shutil.disk_usage(folder.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         aside.mkdir()
@@ -122,12 +119,10 @@ def _check_names(names: Sequence[str], folder: Path) -> None:
             raise CheckpointError(f"checkpoint {folder}: '{name}' cannot be a file in it; use unique relative names")
 
 
-def _space_needed(files: TensorFiles, texts: Mapping[str, str], copies: Mapping[str, Path]) -> int:
+def _space_needed(files: TensorFiles, blobs: Mapping[str, bytes]) -> int:
     """Bytes the checkpoint takes on disk."""
     sizes = [serialized_size(tensors) for tensors in files.values()]
-    sizes += [len(text.encode()) for text in texts.values()]
-    sizes += [Path(path).stat().st_size for path in copies.values()]
-    return sum(sizes) + MANIFEST_ALLOWANCE
+    return sum(sizes) + sum(map(len, blobs.values())) + MANIFEST_ALLOWANCE
 
 
 def _reason(error: OSError, folder: Path, needed: int) -> str:

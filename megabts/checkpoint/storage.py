@@ -1,8 +1,8 @@
 """Run folders: the last good checkpoint is always found. Also the names the rest of the program uses for checkpoints.
 
 A *run folder* holds `step_00000100/` folders and the text file `latest` (one line: the folder to continue from). A
-*checkpoint folder* (see `folder`) holds `manifest.json` (see `manifest`), safetensors files, the caller's texts
-(`config.yaml`) and copied files (a tokenizer). No pickle: opening a stranger's checkpoint runs no code of theirs.
+*checkpoint folder* (see `folder`) holds `manifest.json` (see `manifest`), safetensors files and the caller's small
+files (`config.yaml`, a tokenizer's). No pickle: opening a stranger's checkpoint runs no code of theirs.
 
 Saving writes the new folder, then replaces `latest`, then deletes older steps, and only if the new one reads back
 right; a crash at any point leaves the previous step or the new one. The next save removes what a crash left behind.
@@ -69,10 +69,9 @@ def save_step(
     run_dir: Path,
     step: int,
     files: TensorFiles,
-    texts: Mapping[str, str],
+    blobs: Mapping[str, bytes],
     state: Mapping[str, Any],
     members: Sequence[MemberRecord] = (),
-    extra_files: Mapping[str, Path] | None = None,
     *,
     keep_last: int | None = None,
 ) -> Path:
@@ -87,7 +86,7 @@ def save_step(
     folder = run_dir / step_name(step)
     try:
         _clean_up(run_dir)
-        write_checkpoint(folder, files, texts, {**state, "step": step}, members, extra_files)
+        write_checkpoint(folder, files, blobs, {**state, "step": step}, members)
         replace_text(run_dir / LATEST, folder.name + "\n")
         if keep_last is not None:
             _delete_old(run_dir, step, keep_last)

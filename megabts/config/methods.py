@@ -39,6 +39,12 @@ class BTSConfig:
             if name == HUB or not name.replace("-", "_").isidentifier():
                 raise UsageError(f"bts.experts has a member named {name!r}; use letters, digits, - and _, not 'hub'")
 
+    def check_trainable(self) -> None:
+        """Raise UsageError when `trainable` names someone who is no member."""
+        unknown = set(self.trainable) - {*self.members, "*"}
+        if unknown:
+            raise UsageError(f"bts.trainable names {sorted(unknown)}; the members are {', '.join(self.members)}")
+
     @property
     def members(self) -> tuple[str, ...]:
         """Names of all members, the hub first."""

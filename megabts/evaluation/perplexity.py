@@ -11,6 +11,7 @@ from megabts.data.validation import ValidationSet
 from megabts.model.decoder import Model, sequence_loss
 from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import Axis
+from megabts.parallel.sharding import name_seed
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def domain_losses(
     return results
 
 
-def batch_loss(model: Model, batch: Batch, device: torch.device, dropout_seed: int | None = None) -> torch.Tensor:
-    """Sum of the cross-entropy over one micro-batch, in nats."""
+def batch_loss(model: Model, batch: Batch, device: torch.device, seed: int | None = None) -> torch.Tensor:
+    """Sum of the cross-entropy over one micro-batch, in nats. `seed` and a sample's number decide its dropout masks."""
+    samples = range(batch.first_sample, batch.first_sample + len(batch.tokens))
     documents = None if batch.document_ids is None else torch.from_numpy(batch.document_ids).to(device)
     return sequence_loss(
         model,
@@ -83,5 +85,5 @@ def batch_loss(model: Model, batch: Batch, device: torch.device, dropout_seed: i
         torch.from_numpy(batch.labels).to(device),
         torch.from_numpy(batch.loss_mask).to(device),
         document_ids=documents,
-        dropout_seed=dropout_seed,
+        dropout_seeds=None if seed is None else [name_seed(f"sample {sample}", seed) for sample in samples],
     )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megabts.config.load import load_config
+from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.experiment.recipe import SPLITS, Mixtures
 from megabts.runtime.stages import Stage
@@ -86,8 +87,7 @@ class Quickstart:
 
     def steps(self, kind: str) -> int:
         """Training steps of a seed, expert, dense or stitch run: the configuration's, scaled by the minutes."""
-        base = load_config(["--config", str(CONFIGS / f"{kind}.yaml")]).train.steps
-        return max(20, round(base * self.minutes / MINUTES))
+        return max(20, round(_config(kind).train.steps * self.minutes / MINUTES))
 
     def stages(self, *, built_in: bool) -> list[Stage]:
         """All stages in order; `built_in` corpora are made first."""
@@ -195,13 +195,18 @@ class Quickstart:
             f"evaluate-{model}",
             f"evaluate {model}",
             "evaluate.py",
-            *("--checkpoint", self.run_dir(model), "--samples", str(VALID_WINDOWS), "--json", self.losses(model)),
+            *("--checkpoint", self.run_dir(model), "--json", self.losses(model)),
+            *("--samples", str(VALID_WINDOWS), "--seq-length", str(_config("seed").data.seq_length)),
             *("--data", *data),
             needs=(model,),
         )
 
     def _report(self, needs: tuple[str, ...]) -> Stage:
         return self._stage("report", "write the report", "report.py", "--run", self.out, needs=needs)
+
+
+def _config(kind: str) -> RunConfig:
+    return load_config(["--config", str(CONFIGS / f"{kind}.yaml")])
 
 
 def open_quickstart(out: Path) -> Quickstart:

@@ -2,7 +2,7 @@
 
 With a domain called `general` the seed's mixture is 70% of it and the stitches' 55%, the other domains sharing the rest
 (the BTS paper's stitch mixture, arXiv 2502.00075, section 4), and every other domain gets an expert. Without one the
-domains count alike and each gets an expert. An expert's mixture is 90% its own domain and 10% of the others'.
+domains count alike and each gets an expert. An expert's mixture is 90% its own domain and 10% `general`, or the others.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """From a finished quickstart's files to its report: losses, curves, gates, claims."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megabts.build import LoadedModel, load_model, num_parameters
 from megabts.data.build import build_valid_datasets
 from megabts.data.loader import Loader
 from megabts.data.validation import ValidationSet
+from megabts.errors import UserError
 from megabts.evaluation.perplexity import batch_loss
 from megabts.experiment.quickstart import DENSE_RATES, Quickstart
 from megabts.inference.text_stream import TextStream
@@ -31,9 +33,10 @@ DENSE = "dense-data-matched"
 def make_report(quickstart: Quickstart) -> Report:
     """Everything the page and `results.json` show. Raises UserError when a stage has not been run."""
     sweep = _sweep(quickstart)
-    chosen = next(point for point in sweep if point.chosen)
+    chosen = sweep[_best(sweep)]
     names = {"seed": "seed"} | {f"expert-{d}": f"expert-{d}" for d in quickstart.mixtures.experts}
     names |= {"soup": "soup", DENSE: quickstart.dense_name(chosen.learning_rate), "bts": "bts"}
+    _check_windows(quickstart, names.values())
     models = {name: _losses(quickstart, run) for name, run in names.items()}
     loaded = load_model(quickstart.run_dir("bts"), ParallelMesh(), None, "cpu")
     gates, texts = _gates(quickstart, loaded)
@@ -49,7 +52,7 @@ def make_report(quickstart: Quickstart) -> Report:
         gates=gates,
         texts=texts,
         settings=_settings(quickstart, loaded),
-        checks=checks(models, quickstart.domains, quickstart.mixtures.experts),
+        checks=[_sweep_check(sweep), *checks(models, quickstart.domains, quickstart.mixtures.experts)],
     )
 
 
@@ -76,10 +79,30 @@ def checks(
     return claims
 
 
+def _sweep_check(sweep: list[SweepPoint]) -> tuple[str, bool, str]:
+    """Whether the best learning rate of the dense runs lies between others: a fair yardstick."""
+    averages = ", ".join(f"{point.learning_rate:g}: {point.average:.3f}" for point in sweep)
+    return "The dense model's best learning rate lies inside its sweep", 0 < _best(sweep) < len(sweep) - 1, averages
+
+
+def _best(sweep: list[SweepPoint]) -> int:
+    return next(index for index, point in enumerate(sweep) if point.chosen)
+
+
 def oracle_average(models: dict[str, dict[str, float]], domains: tuple[str, ...], experts: tuple[str, ...]) -> float:
     """Average over domains of the best member's loss there."""
     members = ["seed", *(f"expert-{domain}" for domain in experts)]
     return sum(min(models[member][domain] for member in members) for domain in domains) / len(domains)
+
+
+def _check_windows(quickstart: Quickstart, runs: Iterable[str]) -> None:
+    """Raise UserError unless all models were measured on the same number of tokens of each domain."""
+    for domain in quickstart.domains:
+        counts = {run: json.loads(quickstart.losses(run).read_text())[domain]["tokens"] for run in runs}
+        if len(set(counts.values())) > 1:
+            raise UserError(
+                f"the models were measured on different {domain} texts: tokens {counts}; evaluate them alike"
+            )
 
 
 def _losses(quickstart: Quickstart, run: str) -> dict[str, float]:

@@ -42,6 +42,8 @@ class GenerationSettings:
     """Row i of a call draws from a generator of (seed, i)."""
     stop_ids: tuple[int, ...] = ()
     """A row ends before any of these; it is not part of the completion."""
+    eod_id: int | None = None
+    """End-of-document token, for models trained without attention across documents; others do not need it."""
     num_ids: int = 0
     """Choose among the first ids only: the tokenizer's, where the model's vocabulary is larger; 0: among all."""
 
@@ -74,7 +76,7 @@ def generate(
     if not prompts:
         return output.rows
     with _evaluating(model):
-        decoding = Decoding(model, prompts, settings.max_new_tokens)
+        decoding = Decoding(model, prompts, settings.max_new_tokens, settings.eod_id)
         logits = decoding.extend(decoding.prompts)
         while True:
             chosen = output.choose(logits, range(len(prompts)))
@@ -95,14 +97,17 @@ def generate_uncached(
     with _evaluating(model):
         for row, prompt in enumerate(prompts):
             while output.open[row]:
-                output.choose(score(model, [*prompt, *output.rows[row]])[-1:], [row])
+                text = [*prompt, *output.rows[row]]
+                output.choose(score(model, text, settings.eod_id)[-1:], [row])
     return output.rows
 
 
-def score(model: Model, tokens: Sequence[int]) -> Tensor:
-    """Logits [s, V] of one text in one forward pass without a cache."""
+def score(model: Model, tokens: Sequence[int], eod_id: int | None = None) -> Tensor:
+    """Logits [s, V] of one text in one forward pass without a cache; `eod_id` as in `GenerationSettings`."""
     ids = torch.tensor([tokens], device=_device(model))
-    context = make_context(model.config, torch.arange(len(tokens), device=ids.device), model.dtype)
+    positions = torch.arange(len(tokens), device=ids.device)
+    documents = None if eod_id is None else document_numbers(ids == eod_id)
+    context = make_context(model.config, positions, model.dtype, document_ids=documents)
     return model.logits(model.run_layers(0, model.config.num_layers, model.embed(ids), context))[0]
 
 
@@ -128,8 +133,11 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
 class Decoding:
     """A batch of texts in progress: one cache per member, and how far left padding reaches in each row."""
 
-    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def __init__(
+        self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, eod_id: int | None = None
+    ) -> None:
         self.model = model
+        self.eod_id = None if model.config.cross_document_attention else eod_id
         self.device = _device(model)
         width = max(map(len, prompts))
         padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -137,6 +145,8 @@ class Decoding:
         """[b, width], padded on the left."""
         self.padding = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
         self.ragged = bool(self.padding.any())
+        self.ends = torch.zeros(len(prompts), 0, dtype=torch.bool, device=self.device)
+        """[b, columns so far]: where a document ends; kept only where attention stops there."""
         # The last token chosen is never read again, so it needs no place.
         capacity = width + max_new_tokens - 1
         self.caches = [
@@ -147,6 +157,8 @@ class Decoding:
         """Run the next tokens [b, s] of every row; returns the logits [b, V] after the last of them."""
         start, length = self.caches[0].position, tokens.shape[1]
         columns = torch.arange(start, start + length, device=self.device)
+        if self.eod_id is not None:
+            self.ends = torch.cat([self.ends, tokens == self.eod_id], 1)
         positions = (columns.unsqueeze(1) - self.padding).clamp(min=0) if self.ragged else columns
         context = make_context(self.model.config, positions, self.model.dtype, mask=self._mask(columns))
         hidden = self.model.embed(tokens)
@@ -158,14 +170,22 @@ class Decoding:
     def _mask(self, queries: Tensor) -> Tensor | None:
         """Where columns `queries` may look: [b or 1, 1, s, t]; None where plain causal (or one query) says the same."""
         end = self.caches[0].position + len(queries)
-        if not self.ragged and len(queries) in (1, end):
+        if self.eod_id is None and not self.ragged and len(queries) in (1, end):
             return None
         keys = torch.arange(end, device=self.device)
         causal = keys <= queries.unsqueeze(1)
-        real = keys >= self.padding.unsqueeze(1)
+        allowed = causal & (keys >= self.padding.unsqueeze(1)).unsqueeze(1)
+        if self.eod_id is not None:
+            documents = document_numbers(self.ends)
+            allowed &= documents[:, queries].unsqueeze(2) == documents.unsqueeze(1)
         # A padding column looks at itself: a softmax over nothing would be NaN.
         itself = keys == queries.unsqueeze(1)
-        return (causal & real.unsqueeze(1) | itself).unsqueeze(1)
+        return (allowed | itself).unsqueeze(1)
+
+
+def document_numbers(ends: Tensor) -> Tensor:
+    """Which document each place belongs to, from 0, given where documents end [b, s]; the end belongs to its own."""
+    return ends.cumsum(1) - ends.long()
 
 
 class _Output:

@@ -1,5 +1,6 @@
 """Grouped-query self-attention with rotary positions; multi-head and multi-query are its ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,8 +32,8 @@ class Context:
     """cos and sin of the positions' angles."""
     mask: Tensor | None = None
     """Where attention is allowed: bool [b, 1, s, t]; None is plain causal."""
-    dropout_seed: int | None = None
-    """Seed of this forward pass's dropout masks; None: no dropout (evaluation)."""
+    dropout_seeds: Sequence[int] | None = None
+    """Seed of each sample's dropout masks; None: no dropout (evaluation)."""
 
 
 def make_context(
@@ -42,7 +43,7 @@ def make_context(
     *,
     mask: Tensor | None = None,
     document_ids: Tensor | None = None,
-    dropout_seed: int | None = None,
+    dropout_seeds: Sequence[int] | None = None,
 ) -> Context:
     """Context for tokens at `positions` ([s], or [s, b] when they differ over the batch).
 
@@ -51,7 +52,7 @@ def make_context(
     if document_ids is not None and not config.cross_document_attention:
         same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
         mask = same.tril().unsqueeze(1)
-    return Context(rotation(config, positions, dtype), mask, dropout_seed)
+    return Context(rotation(config, positions, dtype), mask, dropout_seeds)
 
 
 class Attention(nn.Module):

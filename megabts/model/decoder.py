@@ -112,10 +112,10 @@ def sequence_loss(
     mask: Tensor,
     *,
     document_ids: Tensor | None = None,
-    dropout_seed: int | None = None,
+    dropout_seeds: Sequence[int] | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy of whole sequences from position 0, in nats; all arguments [b, s]."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    context = make_context(model.config, positions, model.dtype, document_ids=document_ids, dropout_seed=dropout_seed)
+    context = make_context(model.config, positions, model.dtype, document_ids=document_ids, dropout_seeds=dropout_seeds)
     hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
     return model.loss(hidden, labels, mask)

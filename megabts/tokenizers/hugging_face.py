@@ -120,7 +120,5 @@ class HuggingFaceTokenizer:
             raise UserError(f"a token is outside the {self.vocab_size} of {self.name}: not made by it")
         return self._tokenizer.decode(plain, skip_special_tokens=False)
 
-    def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for file, content in {DEFINITION_FILE: self.definition, **self._side_files}.items():
-            (Path(folder) / file).write_bytes(content)
+    def files(self) -> dict[str, bytes]:
+        return {DEFINITION_FILE: self.definition, **self._side_files}

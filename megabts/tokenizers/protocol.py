@@ -53,8 +53,20 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
 
-    def save(self, folder: str | Path) -> None:
-        """Write the definition under canonical names, so that `build_tokenizer(folder)` gives this tokenizer back."""
+    def files(self) -> dict[str, bytes]:
+        """The definition by file name: from a folder of these files `build_tokenizer` makes this tokenizer again."""
+
+
+def checkpoint_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """A tokenizer's files by their names inside a checkpoint; none for None."""
+    return {f"{TOKENIZER_FOLDER}/{name}": content for name, content in tokenizer.files().items()} if tokenizer else {}
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write a tokenizer's files to a folder, which is made as needed."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files().items():
+        (Path(folder) / name).write_bytes(content)
 
 
 def sha256_hex(definition: bytes) -> str:

@@ -89,6 +89,5 @@ class SentencePieceTokenizer:
         except IndexError as error:
             raise UserError(f"a token is outside the {self.vocab_size} of {self.name}: not made by it") from error
 
-    def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / MODEL_FILE).write_bytes(self.definition)
+    def files(self) -> dict[str, bytes]:
+        return {MODEL_FILE: self.definition}

@@ -5,15 +5,13 @@ text that already consists of ids ("12 7 99"), for data tokenized elsewhere, lik
 """
 
 import json
-from pathlib import Path
 
 from megabts.errors import UserError
 from megabts.tokenizers.protocol import SPEC_FILE, sha256_hex
 
 
-def _save_spec(spec: str, folder: str | Path) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / SPEC_FILE).write_text(json.dumps({"tokenizer": spec}) + "\n", encoding="utf-8")
+def _spec_files(spec: str) -> dict[str, bytes]:
+    return {SPEC_FILE: (json.dumps({"tokenizer": spec}) + "\n").encode()}
 
 
 class BytesTokenizer:
@@ -36,8 +34,8 @@ class BytesTokenizer:
         """Text of the bytes; the end-of-document token is left out, incomplete characters become U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def save(self, folder: str | Path) -> None:
-        _save_spec(self.name, folder)
+    def files(self) -> dict[str, bytes]:
+        return _spec_files(self.name)
 
 
 class NullTokenizer:
@@ -69,5 +67,5 @@ class NullTokenizer:
     def decode(self, ids: list[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
 
-    def save(self, folder: str | Path) -> None:
-        _save_spec(self.name, folder)
+    def files(self) -> dict[str, bytes]:
+        return _spec_files(self.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megabts.errors import UserError
 from megabts.tokenizers.hugging_face import HuggingFaceTokenizer
-from megabts.tokenizers.protocol import Tokenizer
+from megabts.tokenizers.protocol import Tokenizer, save_tokenizer
 from megabts.tokenizers.sentence_piece import SentencePieceTokenizer
 
 KINDS = ("sentencepiece-bpe", "hf-bpe")
@@ -47,7 +47,7 @@ def train_tokenizer(
 
 def _write(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, output: Path) -> None:
     if output.suffix != ".model":
-        tokenizer.save(output)
+        save_tokenizer(tokenizer, output)
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(tokenizer.definition)

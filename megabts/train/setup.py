@@ -81,7 +81,12 @@ def adopt_sizes(config: RunConfig, explicit: set[str]) -> RunConfig:
         if "method" in explicit and found.method != config.method:
             raise UsageError(f"method is {config.method}, but {folder} holds a model of method {found.method}")
         model, tokenizer = found.model, find_tokenizer(folder)
+        if found.method == "bts" and explicit & {"bts.hub", "bts.experts"}:
+            raise UsageError(
+                f"bts.hub and bts.experts are those of {folder}; leave them out, or use tools/stitch.py add"
+            )
         bts = _adopt(config.bts, found.bts, "bts", BTS_FREE, explicit, folder)
+        bts.check_trainable()
         config = replace(config, method=found.method, bts=bts)
     elif config.method == "bts":
         hub = open_members(config.bts)[HUB]
@@ -128,6 +133,8 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Ru
     model, members = _start(config, mesh, dtype, device)
     freeze_unscaled(model, config.optimizer)
     optimizer = MasterAdamW(((n, p) for n, p, _ in model.own_parameters()), config.optimizer, mesh.dp)
+    if not optimizer.parameters:
+        raise UsageError("nothing would be trained; see bts.trainable and optimizer.lr_scale")
     identity = data_hash(config.data, num_samples)
     return Run(config, mesh, device, dtype, model, members, tokenizer, loader, valid, optimizer, identity)
 

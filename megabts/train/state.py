@@ -1,12 +1,11 @@
 """What a run saves besides its weights, and what must not change when it is resumed."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from megabts.checkpoint.folder import load_tensors
-from megabts.checkpoint.manifest import MODEL_FILE, CheckpointError, read_manifest
+from megabts.checkpoint.manifest import MODEL_FILE, read_manifest
 from megabts.checkpoint.source import CONFIG_FILE
 from megabts.checkpoint.storage import save_step
 from megabts.config.load import differing_keys, from_yaml, to_yaml
@@ -14,7 +13,7 @@ from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.sharding import load_full
-from megabts.tokenizers.protocol import TOKENIZER_FOLDER
+from megabts.tokenizers.protocol import checkpoint_files
 from megabts.train.setup import Run
 
 log = logging.getLogger(__name__)
@@ -47,38 +46,8 @@ def save(run: Run, run_dir: Path, step: int, guard: SpikeGuard) -> Path:
     }
     weights = {name: parameter.detach() for name, parameter, _ in run.model.own_parameters()}
     files = {MODEL_FILE: weights, OPTIMIZER_FILE: run.optimizer.state_dict()}
-    return save_step(
-        run_dir,
-        step,
-        files,
-        {CONFIG_FILE: to_yaml(config)},
-        state,
-        run.members,
-        tokenizer_files(run, run_dir),
-        keep_last=config.checkpoint.keep or None,
-    )
-
-
-def tokenizer_files(run: Run, run_dir: Path) -> dict[str, Path]:
-    """The tokenizer's files, written beside the run's steps, by their names inside a checkpoint.
-
-    Raises CheckpointError when they cannot be written.
-    """
-    if run.tokenizer is None:
-        return {}
-    folder, aside = run_dir / TOKENIZER_FOLDER, run_dir / f".{TOKENIZER_FOLDER}.tmp"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        run.tokenizer.save(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint of {run_dir} not saved: {error.strerror or error} ({folder}); check the disk"
-        ) from error
-    return {f"{TOKENIZER_FOLDER}/{path.name}": path for path in sorted(folder.iterdir())}
+    blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(run.tokenizer)}
+    return save_step(run_dir, step, files, blobs, state, run.members, keep_last=config.checkpoint.keep or None)
 
 
 def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:

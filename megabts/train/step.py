@@ -14,7 +14,6 @@ from megabts.optimizer.schedule import learning_rate
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import ParallelMesh
-from megabts.parallel.sharding import name_seed
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ def train_step(
     tokens = max(all_reduce(total[1:].clone(), mesh.dp).item(), 1.0)
     optimizer.gradients.zero()
     for batch in batches:
-        seed = name_seed(f"dropout of sample {batch.first_sample}", config.train.seed)
-        loss = batch_loss(model, batch, device, seed)
+        loss = batch_loss(model, batch, device, config.train.seed)
         if loss.requires_grad:
-            (loss / tokens).backward()
+            loss.backward()
         total[0] += loss.detach().double()
     optimizer.gradients.sync()
+    optimizer.gradients.flat.div_(tokens)  # in fp32, and not in backward, where bf16 would round the factor
     mean_loss = all_reduce(total, mesh.dp)[0].item() / tokens
     norm = clip_gradients(optimizer.gradients.flat, config.optimizer.clip_grad)
     lr = learning_rate(step, config.optimizer, config.train.steps)

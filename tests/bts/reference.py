@@ -49,9 +49,9 @@ def random_model(bts: BTSConfig, dtype: torch.dtype = torch.float32, *, shake: f
     return model
 
 
-def run(model: BTSModel, tokens: Tensor, dropout_seed: int | None = None) -> Tensor:
+def run(model: BTSModel, tokens: Tensor, dropout_seeds: list[int] | None = None) -> Tensor:
     """Hidden [1, s, b, D] of tokens [b, s]."""
-    context = make_context(model.config, torch.arange(tokens.shape[1]), model.dtype, dropout_seed=dropout_seed)
+    context = make_context(model.config, torch.arange(tokens.shape[1]), model.dtype, dropout_seeds=dropout_seeds)
     return model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
 
 

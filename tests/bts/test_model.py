@@ -159,7 +159,7 @@ def train(model: BTSModel, steps: int = 20) -> list[float]:
     losses = []
     for step in range(steps):
         optimizer.gradients.zero()
-        loss = sequence_loss(model, TOKENS, LABELS, MASK, dropout_seed=step)
+        loss = sequence_loss(model, TOKENS, LABELS, MASK, dropout_seeds=[step] * len(TOKENS))
         loss.backward()
         optimizer.step(1e-2)
         losses.append(loss.item())

@@ -27,6 +27,12 @@ def new(kind: Kind, experts: int = 3, **settings: Any) -> Stitch:
     return stitch
 
 
+def run(stitch: Stitch, h: list[Tensor], seeds: list[int] | None = None) -> tuple[list[Tensor], Tensor]:
+    """States and stacked gates."""
+    after, gates = stitch(h, seeds)
+    return after, torch.stack(gates)
+
+
 def states(members: int = 4) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(5, 2, D, generator=generator) for _ in range(members)]
@@ -49,11 +55,11 @@ def test_equations_dimension_by_dimension() -> None:
 
 def test_uniform_start() -> None:
     h = states()
-    (hub, *experts), gates = new(EIH)(h)
+    (hub, *experts), gates = run(new(EIH), h)
     torch.testing.assert_close(gates, torch.full((4, 5, 2, D), 0.25))
     torch.testing.assert_close(hub, sum(h) / 4)
     assert all(torch.equal(after, before) for after, before in zip(experts, h[1:], strict=True))
-    (hub, *experts), gates = new(HIE)(h)
+    (hub, *experts), gates = run(new(HIE), h)
     torch.testing.assert_close(gates, torch.full((3, 5, 2, D), 0.5))
     assert hub is h[0]
     for after, before in zip(experts, h[1:], strict=True):
@@ -63,7 +69,7 @@ def test_uniform_start() -> None:
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("bias", [0.0, 3.0, 5.5])
 def test_hub_leaning_start(experts: int, bias: float) -> None:
-    _, gates = new(EIH, experts, start="hub_leaning", hub_bias=bias)(states(experts + 1))
+    _, gates = run(new(EIH, experts, start="hub_leaning", hub_bias=bias), states(experts + 1))
     share = math.exp(bias) / (math.exp(bias) + experts)
     torch.testing.assert_close(gates[0], torch.full((5, 2, D), share))
     torch.testing.assert_close(gates[1:], torch.full((experts, 5, 2, D), (1 - share) / experts))
@@ -77,6 +83,10 @@ def test_hub_preserving_start() -> None:
     assert stitch.mix is not None
     stitch.mix.data.fill_(1.0)
     torch.testing.assert_close(stitch(h)[0][0], sum(h) / 4)
+    stitch.mix.data.fill_(0.4)  # the gates returned are the weights that members really have
+    (hub, *_), gates = run(stitch, h)
+    torch.testing.assert_close(gates[:, 0, 0, 0], torch.tensor([0.7, 0.1, 0.1, 0.1]))
+    torch.testing.assert_close(hub, sum(gate * state for gate, state in zip(gates, h, strict=True)))
 
 
 def test_last_stitch_gives_the_hub_alone() -> None:
@@ -105,21 +115,24 @@ def test_parameters(kind: Kind, start: str, extra: set[str]) -> None:
     assert all(named[name].shape == (D,) for name in extra)
 
 
-def test_dropout_mask_depends_on_the_seed_alone() -> None:
+def test_dropout_mask_depends_on_each_samples_seed_alone() -> None:
     logits = states(2)
-    first = gate_dropout(logits[0], 0.3, 7)
+    first = gate_dropout(logits[0], 0.3, [7, 8])
     torch.manual_seed(123)
-    assert torch.equal(gate_dropout(logits[0], 0.3, 7), first)
-    assert torch.equal(gate_dropout(logits[1], 0.3, 7) == 0, first == 0)
-    assert not torch.equal(gate_dropout(logits[0], 0.3, 8) == 0, first == 0)
+    assert torch.equal(gate_dropout(logits[0], 0.3, [7, 8]), first)
+    assert torch.equal(gate_dropout(logits[1], 0.3, [7, 8]) == 0, first == 0)
+    assert not torch.equal(gate_dropout(logits[0], 0.3, [9, 8]) == 0, first == 0)
+    alone = gate_dropout(logits[0][:, 1:], 0.3, [8])  # the same sample in another micro-batch
+    assert torch.equal(alone, first[:, 1:])
     before = torch.random.get_rng_state()
-    gate_dropout(logits[0], 0.3, 7)
+    gate_dropout(logits[0], 0.3, [7, 8])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_dropout_keeps_the_expectation() -> None:
-    ones = torch.ones(100_000)
-    dropped = gate_dropout(ones, 0.2, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_expectation(dtype: torch.dtype) -> None:
+    ones = torch.ones(1000, 2, 100, dtype=dtype)
+    dropped = gate_dropout(ones, 0.2, [3, 4]).float()
     torch.testing.assert_close(dropped[dropped != 0], torch.full((int((dropped != 0).sum()),), 1.25))
     assert (dropped == 0).float().mean().item() == pytest.approx(0.2, abs=0.005)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
@@ -128,7 +141,7 @@ def test_dropout_keeps_the_expectation() -> None:
 def test_no_dropout() -> None:
     logits = states(1)[0]
     assert gate_dropout(logits, 0.5, None) is logits
-    assert gate_dropout(logits, 0.0, 7) is logits
+    assert gate_dropout(logits, 0.0, [7, 8]) is logits
 
 
 @pytest.mark.parametrize("kind", [EIH, HIE])
@@ -137,11 +150,11 @@ def test_dropout_falls_on_gate_logits_only_in_training(kind: Kind) -> None:
     stitch = new(kind, gate_dropout=0.5)
     for parameter in stitch.gates.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(4))
-    plain = stitch.eval()(h, 7)[1]
-    assert torch.equal(plain, stitch(h, 8)[1])
-    train = stitch.train()(h, 7)[1]
-    assert torch.equal(train, stitch(h, 7)[1])
-    assert torch.equal(stitch(h)[1], plain)  # no seed: no dropout
+    plain = run(stitch.eval(), h, [7, 7])[1]
+    assert torch.equal(plain, run(stitch, h, [8, 8])[1])
+    train = run(stitch.train(), h, [7, 7])[1]
+    assert torch.equal(train, run(stitch, h, [7, 7])[1])
+    assert torch.equal(run(stitch, h)[1], plain)  # no seed: no dropout
     assert not torch.equal(train, plain)
     if kind == HIE:  # a dropped logit is a gate of one half, a kept one doubles
         logits = torch.logit(plain)
@@ -153,7 +166,7 @@ def test_dropout_falls_on_gate_logits_only_in_training(kind: Kind) -> None:
 
 def test_hub_bias_is_not_dropped() -> None:
     stitch = new(EIH, 1, gate_dropout=0.9, start="hub_leaning", hub_bias=2.0)
-    gates = stitch.train()(states(2), 5)[1]
+    gates = run(stitch.train(), states(2), [5, 6])[1]
     torch.testing.assert_close(gates[0], torch.full((5, 2, D), math.exp(2) / (math.exp(2) + 1)))
 
 
@@ -163,4 +176,12 @@ def test_a_members_mask_does_not_depend_on_the_other_members() -> None:
     for stitch in (small, large):
         for name in ("e1", "e2"):
             stitch.gates[name].load_state_dict({"weight": torch.eye(D)})
-    assert torch.equal(small.train()(h[:3], 9)[1], large.train()(h, 9)[1][:2])
+    assert torch.equal(run(small.train(), h[:3], [9, 9])[1], run(large.train(), h, [9, 9])[1][:2])
+
+
+def test_a_trainable_slice_of_one_expert_gives_no_gradient_to_the_others() -> None:
+    stitch = new(HIE, 3)
+    for name, parameter in stitch.named_parameters():
+        parameter.requires_grad_(".e3." in name)
+    after, _ = stitch(states())
+    assert [state.requires_grad for state in after] == [False, False, False, True]

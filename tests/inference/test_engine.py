@@ -181,3 +181,18 @@ def test_mode_is_as_before_and_dropout_off(training: bool) -> None:
     assert model.training is training
     assert not torch.is_inference_mode_enabled()
     assert generate(model, PROMPTS, GREEDY) == first
+
+
+def test_documents_do_not_see_each_other_where_the_model_was_trained_so() -> None:
+    """With attention inside documents only, what stands before the last end of document makes no difference."""
+    model, eod = dense(cross_document_attention=False), 9
+    texts = [[5, 6, 7, eod, 8, 4], [3, eod, 8, 4], [8, 4]]
+    alone = score(model, texts[-1], eod)[-1]
+    for text in texts:
+        torch.testing.assert_close(score(model, text, eod)[-1], alone, rtol=1e-4, atol=1e-5)
+    settings = GenerationSettings(max_new_tokens=8, eod_id=eod)
+    together = generate(model, texts, settings)
+    assert together == [generate(model, [texts[-1]], settings)[0]] * 3
+    assert together == generate_uncached(model, texts, settings)
+    free = dense(cross_document_attention=True)
+    assert not torch.allclose(score(free, texts[0], eod)[-1], score(free, texts[-1], eod)[-1], atol=1e-3)
