@@ -25,6 +25,8 @@ from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError, UserError, run_tool
 from megabts.parallel.mesh import ParallelMesh
+from megabts.tokenizers.build import build_tokenizer
+from megabts.tokenizers.protocol import checkpoint_files
 from tests.bts.folders import TOKENS, write_dense, write_members
 from tests.bts.reference import SIZES, reference_logits, run
 
@@ -61,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(8)
     noisy = {name: t + 0.2 * torch.randn(t.shape, generator=generator) for name, t in own(root / "start").items()}
     members = read_manifest(root / "start").members
-    write_checkpoint(root / "bts", {MODEL_FILE: noisy}, {CONFIG_FILE: to_yaml(config)}, {"step": 5}, members)
+    write_checkpoint(root / "bts", {MODEL_FILE: noisy}, {CONFIG_FILE: to_yaml(config).encode()}, {"step": 5}, members)
     return root
 
 
@@ -162,24 +164,23 @@ def test_a_checkpoint_of_precision_auto(trained: Path, tmp_path: Path) -> None:
     manifest, text = read_manifest(trained), (trained / CONFIG_FILE).read_text()
     auto = tmp_path / "auto"
     text = text.replace("dtype: float32", "dtype: auto")
-    write_checkpoint(auto, {MODEL_FILE: own(trained)}, {CONFIG_FILE: text}, manifest.state, manifest.members)
+    write_checkpoint(auto, {MODEL_FILE: own(trained)}, {CONFIG_FILE: text.encode()}, manifest.state, manifest.members)
     assemble.add(auto, "new", str(write_dense(tmp_path / "new", 9)), tmp_path / "wide")
     assert load(tmp_path / "wide").bts.members[-1] == "new"
 
 
 def test_the_models_own_tokenizer_is_kept(trained: Path, tmp_path: Path) -> None:
     """Training may have set one although the hub's folder has none."""
-    manifest, given = read_manifest(trained), tmp_path / "tokenizer.json"
-    given.write_text("{}")
-    text, files = (trained / CONFIG_FILE).read_text(), {"tokenizer/tokenizer.json": given}
-    state = {"step": 5, "tokenizer_fingerprint": "f" * 64}
+    manifest, tokenizer = read_manifest(trained), build_tokenizer("null:31")
+    blobs = {CONFIG_FILE: (trained / CONFIG_FILE).read_bytes(), **checkpoint_files(tokenizer)}
+    state = {"step": 5, "tokenizer_fingerprint": tokenizer.fingerprint}
     owner = tmp_path / "owner"
-    write_checkpoint(owner, {MODEL_FILE: own(trained)}, {CONFIG_FILE: text}, state, manifest.members, files)
+    write_checkpoint(owner, {MODEL_FILE: own(trained)}, blobs, state, manifest.members)
     assemble.remove(owner, "math", tmp_path / "less")
     assemble.add(owner, "new", str(write_dense(tmp_path / "new", 9)), tmp_path / "wide")
     for name in ("less", "wide"):
-        assert (tmp_path / name / "tokenizer" / "tokenizer.json").read_text() == "{}"
-        assert read_manifest(tmp_path / name).state["tokenizer_fingerprint"] == "f" * 64
+        assert build_tokenizer(tmp_path / name / "tokenizer").name == "null:31"
+        assert read_manifest(tmp_path / name).state["tokenizer_fingerprint"] == tokenizer.fingerprint
 
 
 def test_changed_and_missing_members(trained: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def write_dense(
     tensors = {name: parameter.detach() for name, parameter, _ in model.own_parameters()}
     state = {"step": 0, "tokenizer_fingerprint": fingerprint}
     text = yaml.safe_dump({"model": {**SIZES, **sizes}})
-    write_checkpoint(folder, {MODEL_FILE: tensors}, {CONFIG_FILE: text}, state)
+    write_checkpoint(folder, {MODEL_FILE: tensors}, {CONFIG_FILE: text.encode()}, state)
     return folder
 
 

@@ -36,7 +36,7 @@ def save(run: Path, step: int, keep_last: int | None = None, size: int = 64) -> 
         "model.safetensors": {"w": torch.full((size,), float(step)), "h": torch.full((3,), step)},
         "optimizer.safetensors": {"m": torch.full((size,), -float(step))},
     }
-    return storage.save_step(run, step, files, {"config.yaml": "a: 1\n"}, {"x": step}, keep_last=keep_last)
+    return storage.save_step(run, step, files, {"config.yaml": b"a: 1\n"}, {"x": step}, keep_last=keep_last)
 
 
 def assert_whole(folder: Path, step: int) -> None:
@@ -189,7 +189,7 @@ def test_error_at_every_system_call(tmp_path: Path, scenario: str, failure: Base
 
 def test_a_replacement_that_fails_or_dies_half_way(tmp_path: Path) -> None:
     folder = tmp_path / "plain name"
-    storage.write_checkpoint(folder, {}, {"a.txt": "old"}, {})
+    storage.write_checkpoint(folder, {}, {"a.txt": b"old"}, {})
 
     def fail(point: int) -> None:
         if hook.points[-1] == "before rename" and hook.points.count("before rename") == 2:
@@ -203,19 +203,19 @@ def test_a_replacement_that_fails_or_dies_half_way(tmp_path: Path) -> None:
 
     hook = Hook(fail)
     with hook.installed(), pytest.raises(CheckpointError, match="not saved: Input/output error"):
-        storage.write_checkpoint(folder, {}, {"a.txt": "new"}, {})
+        storage.write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["plain name"]
     assert (storage.resolve(folder) / "a.txt").read_text() == "old"
 
     def work() -> None:
         with hook.installed():
-            storage.write_checkpoint(folder, {}, {"a.txt": "new"}, {})
+            storage.write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
 
     hook.points, hook.act = [], die
     assert in_killed_child(work) == signal.SIGKILL
     assert not folder.exists()
     assert (storage.resolve(folder) / "a.txt").read_text() == "old"
-    storage.write_checkpoint(folder, {}, {"a.txt": "new"}, {})
+    storage.write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["plain name"]
     assert (storage.resolve(folder) / "a.txt").read_text() == "new"
 
@@ -250,7 +250,7 @@ def test_random_bit_flips_are_all_seen(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_every_single_bit_of_a_manifest(tmp_path: Path) -> None:
-    storage.write_checkpoint(tmp_path / "c", {}, {"config.yaml": ""}, {"lr": 1e-05})
+    storage.write_checkpoint(tmp_path / "c", {}, {"config.yaml": b""}, {"lr": 1e-05})
     path = tmp_path / "c" / "manifest.json"
     whole = path.read_bytes()
     for place in range(len(whole)):

@@ -24,6 +24,7 @@ from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
 from megabts.tokenizers.build import build_tokenizer
+from megabts.tokenizers.protocol import checkpoint_files
 
 ROOT = Path(__file__).parents[2]
 MEMBERS = ROOT / "tests" / "golden" / "bts" / "members"
@@ -62,10 +63,8 @@ def stitched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, parameter, _ in model.own_parameters()
     }
     members = [MemberRecord(name, str(MEMBERS / name), content_hash(MEMBERS / name)) for name in ("hub", *names)]
-    tokenizer = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer("null:97").save(tokenizer)
-    files = {f"tokenizer/{path.name}": path for path in tokenizer.iterdir()}
-    write_checkpoint(folder, {MODEL_FILE: tensors}, {CONFIG_FILE: to_yaml(config)}, {}, members, files)
+    blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(build_tokenizer("null:97"))}
+    write_checkpoint(folder, {MODEL_FILE: tensors}, blobs, {}, members)
     return folder
 
 

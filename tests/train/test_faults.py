@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import megabts.checkpoint.folder as folder_module
-import megabts.train.state as state_module
 import megabts.train.step as step_module
 from megabts.checkpoint.lock import RunLock
 from megabts.checkpoint.manifest import CheckpointError
@@ -114,26 +113,6 @@ def test_a_failed_save_ends_the_run(
     with pytest.raises(CheckpointError, match=f"not saved: no space .*; {good}"):
         train(arguments(tmp_path / "run", blend, checkpoint__every=4, **settings))
     assert CheckpointError.exit_code == 1
-
-
-def test_a_tokenizer_that_cannot_be_saved_is_a_failed_save(
-    blend: Blend, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    args, run = arguments(tmp_path / "run", blend, train__steps=2, checkpoint__every=1), []
-    original = state_module.tokenizer_files
-
-    def full(*given: Any) -> Any:
-        run.append(given)
-        if len(run) == 1:
-            monkeypatch.setattr(type(given[0].tokenizer), "save", lambda *_: os.stat("/nowhere"))
-        else:
-            monkeypatch.undo()
-        return original(*given)
-
-    monkeypatch.setattr(state_module, "tokenizer_files", full)
-    assert train(args) == 0
-    out = capsys.readouterr().out
-    assert f"not saved: No such file or directory ({tmp_path}/run/tokenizer); check the disk; training continues" in out
 
 
 @pytest.fixture

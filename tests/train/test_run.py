@@ -44,7 +44,7 @@ def test_a_run_leaves_what_it_should(data: Path, blend: dict[str, float], tmp_pa
     assert steps[-1]["tokens"] == 4 * SEQ
 
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(
-        [".lock", "latest", "metrics.jsonl", "step_00000030", "step_00000040", "tensorboard", "tokenizer"]
+        [".lock", "latest", "metrics.jsonl", "step_00000030", "step_00000040", "tensorboard"]
     )
     assert (run_dir / "latest").read_text() == "step_00000040\n"
     folder = run_dir / "step_00000040"
