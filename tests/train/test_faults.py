@@ -142,8 +142,8 @@ def test_a_full_disk(small_disk: Path, blend: Blend, monkeypatch: Patch, capsys:
     monkeypatch.setattr("megabts.train.trainer.train_step", filled)
     assert train(arguments(run_dir, blend, checkpoint__every=5, checkpoint__keep=1, logging__tensorboard=True)) == 0
     out = capsys.readouterr().out
-    assert f"checkpoint of {run_dir} not saved: No space left on device" in out
-    assert "check the disk; training continues, nothing was saved yet" in out
+    assert f"checkpoint {run_dir}/step_00000005 not saved: no space (needs " in out
+    assert "free some or keep fewer steps; training continues, nothing was saved yet" in out
     assert (run_dir / "latest").read_text() == "step_00000012\n"
     assert [row["step"] for row in read_metrics(run_dir)[0]] == list(range(1, 13))
 
