@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megabts.bts.build import add_expert, member_records, open_members, remove_expert
 from megabts.bts.model import BTSModel
-from megabts.build import describe, make_backend, torch_dtype
+from megabts.build import StoredModel, make_backend, open_model
 from megabts.checkpoint.folder import load_tensors, write_checkpoint
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord
 from megabts.checkpoint.source import CONFIG_FILE, check_same_shape, open_dense
@@ -23,6 +24,7 @@ from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.merge.soup import average
 from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.device import resolve_dtype
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
 from megabts.tokenizers.protocol import checkpoint_files
 
@@ -45,21 +47,20 @@ def add(checkpoint: Path, name: str, path: str, out: Path, *, train_all: bool = 
     Training from `out` then trains the new expert's slices alone, or all with `train_all`. Raises UserError.
     """
     _check_free(out)
-    config, folder = _open_bts(checkpoint)
-    config = replace(config, bts=add_expert(config.bts, name, path, train_all=train_all))
-    sources = open_members(config.bts)
-    stitches = _initial(config, load_tensors(folder, MODEL_FILE, verify=False))
-    return _write(out, config, stitches, member_records(sources), find_tokenizer(folder) or sources[HUB].tokenizer)
+    stored = _open_bts(checkpoint)
+    config = replace(stored.config, bts=add_expert(stored.config.bts, name, path, train_all=train_all))
+    sources = open_members(config.bts, stored.members)
+    stitches = _initial(config, load_tensors(stored.folder, MODEL_FILE, verify=False))
+    return _write(out, config, stitches, member_records(sources), _tokenizer(stored))
 
 
 def remove(checkpoint: Path, name: str, out: Path) -> RunConfig:
     """Write the BTS model `checkpoint` without expert `name` to `out`. It runs at once. Raises UserError."""
     _check_free(out)
-    config, folder = _open_bts(checkpoint)
-    bts, kept = remove_expert(config.bts, load_tensors(folder, MODEL_FILE, verify=False), name)
-    sources = open_members(bts)
-    tokenizer = find_tokenizer(folder) or sources[HUB].tokenizer
-    return _write(out, replace(config, bts=bts), kept, member_records(sources), tokenizer)
+    stored = _open_bts(checkpoint)
+    bts, kept = remove_expert(stored.config.bts, load_tensors(stored.folder, MODEL_FILE, verify=False), name)
+    records = member_records(open_members(bts, stored.members))
+    return _write(out, replace(stored.config, bts=bts), kept, records, _tokenizer(stored))
 
 
 def soup(members: Mapping[str, tuple[str, float]], out: Path) -> RunConfig:
@@ -78,18 +79,22 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out} exists already; give another --out or remove it first")
 
 
-def _open_bts(checkpoint: Path) -> tuple[RunConfig, Path]:
-    """A BTS model's configuration and verified folder."""
-    config, folder, _ = describe(checkpoint)
-    if config.method != "bts":
-        raise UserError(f"{folder} holds a model of method {config.method}; only a BTS model has experts")
-    return config, folder
+def _open_bts(checkpoint: Path) -> StoredModel:
+    stored = open_model(checkpoint)
+    if stored.config.method != "bts":
+        raise UserError(f"{stored.folder} holds a model of method {stored.config.method}; only a BTS model has experts")
+    return stored
+
+
+def _tokenizer(stored: StoredModel) -> str:
+    """A checkpoint's own tokenizer, which training may have set, else its hub's."""
+    return find_tokenizer(stored.folder) or stored.members[HUB].tokenizer
 
 
 def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All stitch tensors of `config`: the known ones, and the others at their start."""
     mesh = ParallelMesh()
-    dtype = torch_dtype(config)
+    dtype = next(iter(known.values())).dtype if known else resolve_dtype(config.precision.dtype, torch.device("cpu"))
     model = BTSModel(config.model, config.bts, make_backend(config, mesh, dtype, "meta"))
     return {
         name: known[name] if name in known else meta.initial(name, SEED).to(dtype)

@@ -1,29 +1,30 @@
 """From a configuration or a checkpoint to a model: the one table of methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megabts.bts.build import load_member, member_records, open_members, with_members
+from megabts.bts.build import load_member, member_records, open_members, remove_expert, with_members
 from megabts.bts.model import BTSModel
 from megabts.checkpoint.folder import load_tensors
 from megabts.checkpoint.hf import config_from_hf, dtype_from_hf, is_hf_folder, weights_from_hf
-from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, check_member, read_manifest
-from megabts.checkpoint.source import CONFIG_FILE, open_dense
+from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, read_manifest
+from megabts.checkpoint.source import CONFIG_FILE, DenseSource, open_member
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
 from megabts.config.model import ModelConfig
 from megabts.config.run import PrecisionConfig, RunConfig
-from megabts.errors import UserError
+from megabts.errors import UsageError, UserError
 from megabts.model.backend import Backend
 from megabts.model.decoder import Decoder
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise, load_full
+from megabts.runtime.device import resolve_dtype
 from megabts.tokenizers.build import find_tokenizer
 
 Built = Decoder | BTSModel
@@ -46,6 +47,17 @@ BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {"den
 """Method name -> builder of the model, its weights not yet set."""
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """A model on disk, opened and verified; its weights are not read yet."""
+
+    config: RunConfig
+    folder: Path
+    """The checkpoint folder itself, or a Hugging Face folder."""
+    members: dict[str, DenseSource]
+    """A BTS model's hub and experts."""
+
+
 @dataclass
 class LoadedModel:
     """A model with its weights, and where they came from."""
@@ -58,68 +70,80 @@ class LoadedModel:
     """The tokenizer's folder; "" when the checkpoint has none."""
 
 
-def new_model(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> tuple[Built, list[MemberRecord]]:
-    """A model at the start of training: dense from its seed, BTS from its members' weights."""
+def new_model(
+    config: RunConfig, mesh: ParallelMesh, backend: Backend, members: Mapping[str, DenseSource] | None = None
+) -> tuple[Built, list[MemberRecord]]:
+    """A model at the start of training: dense from its seed, BTS from its members' weights.
+
+    `members`: those that are open already. Raises UserError, as `open_members` does.
+    """
     model = BUILDERS[config.method](config, mesh, backend)
-    if not isinstance(model, BTSModel):
-        initialise(model.own_parameters(), config.train.seed, mesh)
-        return model, []
-    sources = open_members(config.bts)
-    for name, source in sources.items():
-        load_member(model, name, source.weights(), mesh, str(source.folder))
+    sources = open_members(config.bts, members) if isinstance(model, BTSModel) else {}
+    _load_members(model, sources, mesh)
     initialise(model.own_parameters(), config.train.seed, mesh)
     return model, member_records(sources)
 
 
 def load_model(
-    path: str | Path,
+    source: str | Path | StoredModel,
     mesh: ParallelMesh,
     dtype: torch.dtype | None,
     device: torch.device | str,
     *,
     run: RunConfig | None = None,
+    without: Sequence[str] = (),
 ) -> LoadedModel:
     """The model of a run or checkpoint folder, or of a Hugging Face folder; nothing else is needed.
 
     `dtype` None: as the checkpoint's run computed, or the Hugging Face folder is stored. `run`: build it with this
-    run's settings instead of its own ones.
+    run's settings instead of its own ones. `without`: experts of a BTS model to leave out.
     Raises UserError (not there, damaged, a member moved or changed).
     """
-    config, folder, members = describe(path)
-    config = run or config
-    backend = make_backend(config, mesh, dtype or torch_dtype(config), device)
-    model = BUILDERS[config.method](config, mesh, backend)
-    for member in members:
-        assert isinstance(model, BTSModel)
-        load_member(model, member.name, open_dense(member.path).weights(), mesh, member.path)
+    stored = source if isinstance(source, StoredModel) else open_model(source)
+    config, folder = run or stored.config, stored.folder
+    if without and config.method != "bts":
+        raise UsageError(f"{folder} is a {config.method} model and has no experts; leave out --without {without[0]}")
+    weights: Iterable[tuple[str, Tensor]]
     weights = (
         weights_from_hf(folder) if is_hf_folder(folder) else load_tensors(folder, MODEL_FILE, verify=False).items()
     )
+    for name in without:
+        bts, kept = remove_expert(config.bts, dict(weights), name)
+        config, weights = replace(config, bts=bts), kept.items()
+    dtype = dtype or resolve_dtype(config.precision.dtype, torch.device(device))
+    model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, dtype, device))
+    members = {name: member for name, member in stored.members.items() if name not in without}
+    _load_members(model, members, mesh)
     load_full(model.own_parameters(), weights, mesh, str(folder))
-    return LoadedModel(model, config, folder, members, find_tokenizer(folder))
+    return LoadedModel(model, config, folder, member_records(members), find_tokenizer(folder))
 
 
-def describe(path: str | Path) -> tuple[RunConfig, Path, list[MemberRecord]]:
-    """(configuration, checkpoint folder, members) of a model on disk, without its weights; members are checked."""
+def open_model(path: str | Path) -> StoredModel:
+    """The model of a run, checkpoint or Hugging Face folder, its members opened too. Reads all bytes of checkpoints.
+
+    Raises UserError (not there, damaged, a member moved or changed).
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a checkpoint, a run folder or a Hugging Face folder")
     if is_hf_folder(folder):
-        stored: Literal["bfloat16", "float32"] = "bfloat16" if dtype_from_hf(folder) == "bfloat16" else "float32"
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if dtype_from_hf(folder) == "bfloat16" else "float32"
         model = ModelConfig(**config_from_hf(folder))
-        return RunConfig(model=model, precision=PrecisionConfig(dtype=stored)), folder, []
+        return StoredModel(RunConfig(model=model, precision=PrecisionConfig(dtype=dtype)), folder, {})
     folder = resolve(folder)
     config = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))
-    members = list(read_manifest(folder).members)
+    members = {record.name: open_member(record, folder) for record in read_manifest(folder).members}
     if config.method == "bts":
-        folders = {member.name: check_member(member, folder) for member in members}
-        config = replace(config, bts=with_members(config.bts, folders))
-    return config, folder, members
+        config = replace(
+            config, bts=with_members(config.bts, {name: member.folder for name, member in members.items()})
+        )
+    return StoredModel(config, folder, members)
 
 
-def torch_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype a checkpoint's run computed in; `auto` is float32 wherever the hardware is not asked."""
-    return torch.bfloat16 if config.precision.dtype == "bfloat16" else torch.float32
+def _load_members(model: Built, members: Mapping[str, DenseSource], mesh: ParallelMesh) -> None:
+    for name, member in members.items():
+        assert isinstance(model, BTSModel)
+        load_member(model, name, member.weights(), mesh, str(member.folder))
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from megabts import assemble
 from megabts.bts.model import BTSModel
-from megabts.build import describe, load_model, make_backend, new_model, num_parameters
+from megabts.build import load_model, make_backend, new_model, num_parameters, open_model
 from megabts.checkpoint.hf import weights_from_hf
 from megabts.checkpoint.manifest import MODEL_FILE, CheckpointError
 from megabts.checkpoint.storage import LATEST
 from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
-from megabts.config.run import RunConfig, TrainConfig
+from megabts.config.run import PrecisionConfig, RunConfig, TrainConfig
 from megabts.errors import UserError
 from megabts.model.decoder import Decoder
 from megabts.parallel.mesh import ParallelMesh
@@ -67,8 +67,9 @@ def test_stitched_checkpoint(tmp_path: Path) -> None:
     exact = load_model(tmp_path / "bts", MESH, torch.float32, "cpu").model
     assert isinstance(exact, BTSModel)
     assert same(tensors(exact.hub), load_file(Path(paths["seed"]) / MODEL_FILE))
-    config, folder, _ = describe(tmp_path / "bts")
-    assert (config.method, folder, config.bts.hub) == ("bts", tmp_path / "bts", paths["seed"])
+    stored = open_model(tmp_path / "bts")
+    config = stored.config
+    assert (config.method, stored.folder, config.bts.hub) == ("bts", tmp_path / "bts", paths["seed"])
     # The same model, built from its members at the start of training instead.
     fresh, records = new_model(config, MESH, make_backend(config, MESH, torch.float32, "cpu"))
     assert same(tensors(fresh), tensors(exact))
@@ -91,6 +92,14 @@ def test_hugging_face_folder_is_loaded_as_it_is_stored(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "hf", MESH, None, "cpu")
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.tokenizer == str(tmp_path / "hf")
+
+
+def test_precision_auto_is_what_the_device_multiplies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_dense(tmp_path / "dense", 1)
+    run = RunConfig(model=ModelConfig(**SIZES), precision=PrecisionConfig(dtype="auto"))
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("megabts.runtime.device.multiplies_bfloat16", lambda _, native=native: native)
+        assert load_model(folder, MESH, None, "cpu", run=run).model.dtype == dtype
 
 
 def test_with_another_runs_settings(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, metavar="N", help="windows per domain, spread evenly (default: all)")
     parser.add_argument("--micro-batch", type=int, default=16, metavar="N", help="windows at a time")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave out this expert")
     parser.add_argument("--tokenizer", help="tokenizer the data must have been made with (default: the checkpoint's)")
     parser.add_argument("--json", type=Path, metavar="F", help="also write {domain: {loss, perplexity, ...}} to F")
     args = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
     launch = Launch()
     share_cores(launch)
     mesh, device = ParallelMesh(), pick_device(launch)
-    loaded = load_model(args.checkpoint, mesh, DTYPES[args.dtype] if args.dtype else None, device)
+    loaded = load_model(args.checkpoint, mesh, DTYPES[args.dtype] if args.dtype else None, device, without=args.without)
     spec = args.tokenizer or loaded.tokenizer
     tokenizer = build_tokenizer(spec) if spec else None
     data = replace(

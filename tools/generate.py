@@ -10,15 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megabts.errors import UsageError, UserError, run_tool
 
 if TYPE_CHECKING:
-    import torch
-
     from megabts.bts.model import BTSModel
-    from megabts.build import Built
     from megabts.inference.engine import OnToken
     from megabts.tokenizers.protocol import Tokenizer
 
@@ -39,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="sample among the likeliest with probability P (default: 1, all)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add("--tokenizer", default="", metavar="SPEC", help="path, bytes or null:VOCAB (default: the checkpoint's)")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="number format (default: auto)")
+    add("--dtype", choices=["float32", "bfloat16"], help="number format (default: the run's)")
     add("--without", action="append", default=[], metavar="NAME", help="leave out this expert, for this run")
     add("--gates", action="store_true", help="show how often each member dominates the last stitch layer")
     add("--no-cache", action="store_true", help="recompute everything for every token (slow)")
@@ -50,16 +47,21 @@ def main() -> None:
     args = parse_args()
     texts = read_prompts(args.prompt, args.prompt_file)
     from megabts.bts.model import BTSModel
+    from megabts.build import load_model
     from megabts.inference.engine import GenerationSettings, generate, generate_uncached
+    from megabts.parallel.mesh import ParallelMesh
+    from megabts.runtime.device import DTYPES, Launch, pick_device
     from megabts.tokenizers.build import build_tokenizer
 
     settings = GenerationSettings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    model, folder = load(args.checkpoint, args.without, args.dtype)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    loaded = load_model(args.checkpoint, ParallelMesh(), dtype, pick_device(Launch()), without=args.without)
+    model = loaded.model
     if args.gates and not isinstance(model, BTSModel):
         raise UsageError(f"--gates: {args.checkpoint} is a dense model and has no gates")
-    if not (args.tokenizer or folder):
+    if not (args.tokenizer or loaded.tokenizer):
         raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
-    tokenizer = build_tokenizer(args.tokenizer or folder)
+    tokenizer = build_tokenizer(args.tokenizer or loaded.tokenizer)
     stop_ids = (tokenizer.eod_id,) if tokenizer.has_eod else ()
     eod_id = tokenizer.eod_id if tokenizer.has_eod else None
     settings = replace(settings, stop_ids=stop_ids, eod_id=eod_id, num_ids=tokenizer.vocab_size)
@@ -106,49 +108,6 @@ def begin(text: str, tokenizer: "Tokenizer") -> list[int]:
             f"the prompt is empty and tokenizer {tokenizer.name} has no end-of-document token to begin with"
         )
     return ids or [tokenizer.eod_id]
-
-
-def load(path: Path, without: Sequence[str], precision: Literal["auto", "float32", "bfloat16"]) -> tuple["Built", str]:
-    """The model, and its tokenizer's folder ("" for none)."""
-    from megabts.build import load_model
-    from megabts.parallel.mesh import ParallelMesh
-    from megabts.runtime.device import Launch, pick_device, resolve_dtype
-
-    device = pick_device(Launch())
-    dtype = resolve_dtype(precision, device)
-    if without:
-        return load_without(path, without, dtype, device)
-    loaded = load_model(path, ParallelMesh(), dtype, device)
-    return loaded.model, loaded.tokenizer
-
-
-def load_without(
-    path: Path, without: Sequence[str], dtype: "torch.dtype", device: "torch.device"
-) -> tuple["Built", str]:
-    """The stitched model without some experts: their weights are not even read."""
-    from megabts.bts.build import load_member, remove_expert
-    from megabts.bts.model import BTSModel
-    from megabts.build import describe, make_backend
-    from megabts.checkpoint.folder import load_tensors
-    from megabts.checkpoint.manifest import MODEL_FILE
-    from megabts.checkpoint.source import open_dense
-    from megabts.parallel.mesh import ParallelMesh
-    from megabts.parallel.sharding import load_full
-    from megabts.tokenizers.build import find_tokenizer
-
-    config, folder, members = describe(path)
-    if config.method != "bts":
-        raise UsageError(f"--without {without[0]}: {path} is a {config.method} model and has no experts")
-    bts, stitches = config.bts, load_tensors(folder, MODEL_FILE, verify=False)
-    for name in without:
-        bts, stitches = remove_expert(bts, stitches, name)
-    mesh = ParallelMesh()
-    model = BTSModel(config.model, bts, make_backend(config, mesh, dtype, device))
-    for member in members:
-        if member.name in bts.members:
-            load_member(model, member.name, open_dense(member.path).weights(), mesh, member.path)
-    load_full(model.own_parameters(), stitches.items(), mesh, str(folder))
-    return model, find_tokenizer(folder)
 
 
 def stream(run: Callable[["OnToken"], list[list[int]]], prompt: list[int], tokenizer: "Tokenizer") -> list[list[int]]:

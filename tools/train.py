@@ -16,16 +16,17 @@ def main() -> int:
         config = load_config(sys.argv[1:])
         from megabts.runtime.device import Launch, stop_communication
         from megabts.runtime.log import configure_logging
-        from megabts.train.setup import adopt_sizes, build_run, start_ranks
+        from megabts.train.setup import adopt_sizes, build_run, open_start, start_ranks
         from megabts.train.trainer import Trainer
 
         launch = Launch.from_environment()
         configure_logging(launch.rank)
-        config = adopt_sizes(config, explicit_keys(sys.argv[1:]))
+        mesh, device = start_ranks(config, launch)
+        start = open_start(config, mesh)
+        config = adopt_sizes(config, explicit_keys(sys.argv[1:]), start)
         if launch.rank == 0:
             print(difference(config), flush=True)
-        mesh, device = start_ranks(config, launch)
-        code = Trainer(build_run(config, mesh, device)).fit()
+        code = Trainer(build_run(config, mesh, device, start)).fit()
         stop_communication()
         return code
 

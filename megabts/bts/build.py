@@ -4,7 +4,7 @@ A BTS checkpoint holds the stitches alone; its manifest names the members with t
 and removing work on the stitches' tensors by name and touch no member's weights and no other expert's slices.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,25 +22,26 @@ HEAD_ONLY = ("final_norm.", "head.")
 """Parameters that only the hub runs."""
 
 
-def open_members(bts: BTSConfig) -> dict[str, DenseSource]:
-    """The folders of hub and experts, by member name, checked to fit together.
+def open_members(bts: BTSConfig, opened: Mapping[str, DenseSource] | None = None) -> dict[str, DenseSource]:
+    """The folders of hub and experts, by member name, checked to fit together; those in `opened` are not read again.
 
     Raises UserError when one is missing, UsageError when they differ or the configuration names none.
     """
     if not bts.hub or not bts.experts:
         raise UsageError("method bts needs bts.hub DIR and at least one bts.experts.NAME DIR")
     bts.check_trainable()
-    sources = {name: open_dense(path) for name, path in {HUB: bts.hub, **bts.experts}.items()}
+    known = opened or {}
+    sources = {name: known.get(name) or open_dense(path) for name, path in {HUB: bts.hub, **bts.experts}.items()}
     check_same_shape(sources)
     return sources
 
 
-def member_records(sources: dict[str, DenseSource]) -> list[MemberRecord]:
+def member_records(sources: Mapping[str, DenseSource]) -> list[MemberRecord]:
     """What a checkpoint's manifest keeps of the members."""
     return [MemberRecord(name, str(s.folder.resolve()), s.content_hash) for name, s in sources.items()]
 
 
-def with_members(bts: BTSConfig, folders: dict[str, Path]) -> BTSConfig:
+def with_members(bts: BTSConfig, folders: Mapping[str, Path]) -> BTSConfig:
     """The same configuration with the members at these folders (hub included)."""
     paths = {name: str(folder) for name, folder in folders.items()}
     return replace(bts, hub=paths.pop(HUB), experts=paths)

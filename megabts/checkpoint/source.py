@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megabts.checkpoint.folder import load_tensors
 from megabts.checkpoint.hf import config_from_hf, is_hf_folder, weights_from_hf
-from megabts.checkpoint.manifest import MODEL_FILE, content_hash, read_manifest
+from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, check_member, content_hash, read_manifest
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
 from megabts.config.model import ModelConfig
@@ -41,23 +41,29 @@ class DenseSource:
         return iter(load_tensors(self.folder, MODEL_FILE, verify=False).items())  # open_dense has verified them
 
 
-def open_dense(path: str | Path) -> DenseSource:
-    """The dense model in a megabts run or checkpoint folder, or in a Hugging Face folder.
+def open_dense(path: str | Path, known_hash: str = "") -> DenseSource:
+    """The dense model in a megabts run or checkpoint folder, or in a Hugging Face folder. Reads all its bytes.
 
-    Raises UserError when there is none, or the checkpoint is of a stitched model.
+    `known_hash`: its content hash where that was just computed. Raises UserError when there is no model, or the
+    checkpoint is of a stitched one.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a checkpoint, a run folder or a Hugging Face folder")
     if is_hf_folder(folder):
         config = ModelConfig(**config_from_hf(folder))
-        return DenseSource(folder, config, content_hash(folder), find_tokenizer(folder), "")
+        return DenseSource(folder, config, known_hash or content_hash(folder), find_tokenizer(folder), "")
     folder = resolve(folder)
     run = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))
     if run.method != "dense":
         raise UserError(f"{folder} holds a model of method {run.method}, not a dense one; members must be dense models")
     fingerprint = read_manifest(folder).state.get("tokenizer_fingerprint", "")
     return DenseSource(folder, run.model, content_hash(folder), find_tokenizer(folder), fingerprint)
+
+
+def open_member(record: MemberRecord, checkpoint: Path) -> DenseSource:
+    """The member that a checkpoint's manifest records. Raises UserError when it is not there, damaged or changed."""
+    return open_dense(check_member(record, checkpoint), record.content_hash)
 
 
 def check_same_shape(sources: dict[str, DenseSource]) -> None:

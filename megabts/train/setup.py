@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from megabts.bts.build import open_members
-from megabts.build import Built, LoadedModel, describe, load_model, make_backend, new_model
+from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model
 from megabts.checkpoint.manifest import MemberRecord
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
@@ -18,6 +18,7 @@ from megabts.data.loader import Loader
 from megabts.data.validation import ValidationSet
 from megabts.errors import UsageError
 from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled
+from megabts.parallel.collectives import broadcast_object
 from megabts.parallel.mesh import ParallelMesh, build_mesh
 from megabts.runtime.device import Launch, pick_device, resolve_dtype, share_cores, start_communication
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
@@ -71,16 +72,32 @@ def start_ranks(config: RunConfig, launch: Launch) -> tuple[ParallelMesh, torch.
     return build_mesh(parallel, launch.world_size, launch.rank), device
 
 
-def adopt_sizes(config: RunConfig, explicit: set[str]) -> RunConfig:
+def open_start(config: RunConfig, mesh: ParallelMesh) -> StoredModel | None:
+    """What the run starts from, on every rank, opened and verified by the first one alone; None: from nothing.
+
+    A new BTS model starts from its members, with its hub's sizes and tokenizer. Raises UserError.
+    """
+    start = None
+    if mesh.rank == 0 and config.checkpoint.init_from:
+        start = open_model(config.checkpoint.init_from)
+    elif mesh.rank == 0 and config.method == "bts":
+        members = open_members(config.bts)
+        start = StoredModel(replace(config, model=members[HUB].config), members[HUB].folder, members)
+    found: StoredModel | None = broadcast_object(start)
+    return found
+
+
+def adopt_sizes(config: RunConfig, explicit: set[str], start: StoredModel | None) -> RunConfig:
     """The configuration with model sizes, method and tokenizer of what the run starts from, where it starts from any.
 
     `explicit`: keys the user gave. Raises UsageError when one of them contradicts the weights.
     """
+    if start is None:
+        return config
+    found, folder = start.config, start.folder
     if config.checkpoint.init_from:
-        found, folder, _ = describe(config.checkpoint.init_from)
         if "method" in explicit and found.method != config.method:
             raise UsageError(f"method is {config.method}, but {folder} holds a model of method {found.method}")
-        model, tokenizer = found.model, find_tokenizer(folder)
         if found.method == "bts" and explicit & {"bts.hub", "bts.experts"}:
             raise UsageError(
                 f"bts.hub and bts.experts are those of {folder}; leave them out, or use tools/stitch.py add"
@@ -88,14 +105,10 @@ def adopt_sizes(config: RunConfig, explicit: set[str]) -> RunConfig:
         bts = _adopt(config.bts, found.bts, "bts", BTS_FREE, explicit, folder)
         bts.check_trainable()
         config = replace(config, method=found.method, bts=bts)
-    elif config.method == "bts":
-        hub = open_members(config.bts)[HUB]
-        model, tokenizer, folder = hub.config, hub.tokenizer, hub.folder
-    else:
-        return config
+    tokenizer = find_tokenizer(folder)
     if "data.tokenizer" not in explicit and tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
-    return replace(config, model=_adopt(config.model, model, "model", MODEL_FREE, explicit, folder))
+    return replace(config, model=_adopt(config.model, found.model, "model", MODEL_FREE, explicit, folder))
 
 
 def _adopt(given: Section, found: Section, section: str, free: set[str], explicit: set[str], folder: Path) -> Section:
@@ -108,7 +121,7 @@ def _adopt(given: Section, found: Section, section: str, free: set[str], explici
     return replace(found, **{name: getattr(given, name) for name in chosen & free})
 
 
-def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Run:
+def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start: StoredModel | None) -> Run:
     """Model at its start, datasets and optimizer. Raises UserError for anything that does not fit together."""
     dtype = resolve_dtype(config.precision.dtype, device)
     tokenizer = build_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
@@ -130,7 +143,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Ru
         document_ids=not config.model.cross_document_attention,
         vocab_size=vocab_size,
     )
-    model, members = _start(config, mesh, dtype, device)
+    model, members = _start(config, mesh, dtype, device, start)
     freeze_unscaled(model, config.optimizer)
     optimizer = MasterAdamW(((n, p) for n, p, _ in model.own_parameters()), config.optimizer, mesh.dp)
     if not optimizer.parameters:
@@ -140,9 +153,10 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device) -> Ru
 
 
 def _start(
-    config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device
+    config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device, start: StoredModel | None
 ) -> tuple[Built, list[MemberRecord]]:
-    if not config.checkpoint.init_from:
-        return new_model(config, mesh, make_backend(config, mesh, dtype, device))
-    loaded: LoadedModel = load_model(config.checkpoint.init_from, mesh, dtype, device, run=config)
+    if start is None or not config.checkpoint.init_from:
+        backend = make_backend(config, mesh, dtype, device)
+        return new_model(config, mesh, backend, start.members if start else None)
+    loaded = load_model(start, mesh, dtype, device, run=config)
     return loaded.model, loaded.members

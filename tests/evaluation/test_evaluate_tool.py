@@ -73,6 +73,11 @@ def test_a_stitched_model_and_its_hub(data: Path, tmp_path: Path, monkeypatch: p
         assert evaluate(monkeypatch, *given, "--json", tmp_path / "losses.json") == 0
         results.append(json.loads((tmp_path / "losses.json").read_text())["ids"])
     assert results[0] == results[1]
+    without = ["--checkpoint", tmp_path / "bts", "--data", f"ids={data / 'ids'}", "--samples", "20", "--without"]
+    assert evaluate(monkeypatch, *without, "code", "--json", tmp_path / "losses.json") == 0
+    assert json.loads((tmp_path / "losses.json").read_text())["ids"]["loss"] == pytest.approx(
+        results[0]["loss"], rel=1e-5
+    )
     assert results[0]["loss"] == pytest.approx(results[2]["loss"], rel=1e-5)
     assert [entry["tokens"] for entry in results] == [640, 640, 640]
     assert results[0]["bits_per_byte"] is None
@@ -85,6 +90,7 @@ def test_what_cannot_be_measured_is_one_line(
     (tmp_path / "file").write_text("")
     cases: list[tuple[list[str | Path], int, str]] = [
         (["--checkpoint", tmp_path / "none"], 1, f"there is no folder {tmp_path}/none; give a checkpoint"),
+        (["--checkpoint", hub, "--without", "code"], 2, "has no experts; leave out --without code"),
         (["--checkpoint", hub], 2, "the run has no validation sets; give --data DOMAIN=PREFIX"),
         (["--checkpoint", hub, "--data", "v=/nowhere/v"], 1, "dataset /nowhere/v: there is no file /nowhere/v.idx"),
         (["--checkpoint", hub, "--data", valid], 1, "vocabulary of 257, model.vocab_size is 97"),

@@ -25,7 +25,7 @@ from megabts.parallel.mesh import ParallelMesh, build_mesh
 from megabts.runtime.log import configure_logging
 from megabts.runtime.metrics import FILE_NAME, read_metrics
 from megabts.tokenizers.simple import BytesTokenizer
-from megabts.train.setup import Run, adopt_sizes, build_run
+from megabts.train.setup import Run, adopt_sizes, build_run, open_start
 from megabts.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,8 +109,9 @@ def arguments(run_dir: Path | str, train: dict[str, float], base: Settings = SET
 
 def build(args: list[str], mesh: ParallelMesh | None = None) -> Run:
     """One rank's run, on the CPU."""
-    config = adopt_sizes(load_config(args), explicit_keys(args))
-    return build_run(config, mesh or ParallelMesh(), torch.device("cpu"))
+    config, mesh = load_config(args), mesh or ParallelMesh()
+    start = open_start(config, mesh)
+    return build_run(adopt_sizes(config, explicit_keys(args), start), mesh, torch.device("cpu"), start)
 
 
 def train(args: list[str], mesh: ParallelMesh | None = None) -> int:

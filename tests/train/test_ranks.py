@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import megabts.checkpoint.hf as hf_module
+import megabts.checkpoint.manifest as manifest_module
 import megabts.train.trainer as trainer_module
 from megabts.checkpoint.manifest import CheckpointError
 from megabts.parallel.mesh import ParallelMesh
@@ -81,6 +85,36 @@ def test_only_the_first_rank_writes(blend: Blend, tmp_path: Path) -> None:
     assert (first, second) == (0, 0)
     assert any("metrics.jsonl" in path for path in by_first)
     assert [path for path in by_second if path.startswith(str(tmp_path))] == []
+
+
+def count_hashed(rank: int, args: list[str]) -> tuple[int, list[str]]:
+    """Train, and say which checkpoint files this rank read to hash them."""
+    hashed: list[str] = []
+    for module in (manifest_module, hf_module):
+        setattr(module, "read_chunks", partial(_noted, module.read_chunks, hashed))  # noqa: B010
+    return train_rank(rank, args, 2), hashed
+
+
+def _noted(read: Callable[[Path], Iterator[bytes]], hashed: list[str], path: Path) -> Iterator[bytes]:
+    hashed.append(path.name)
+    return read(path)
+
+
+def test_only_the_first_rank_verifies_what_a_run_starts_from(data: Path, tmp_path: Path) -> None:
+    """It reads every file once: the members when they are stitched anew, stitches and members of a checkpoint."""
+    ids = {str(data / "ids"): 1.0}
+    args = arguments(tmp_path / "new", ids, BTS_SETTINGS, train__steps=1)
+    (_, first), (_, second) = run_ranks(2, count_hashed, args)
+    assert sorted(first) == ["config.json"] * 3 + ["model.safetensors"] * 3
+    assert second == []
+    base = {name: value for name, value in BTS_SETTINGS.items() if not name.startswith(("bts.", "method"))}
+    args = arguments("", ids, base, train__steps=1, checkpoint__init_from=tmp_path / "new")
+    (_, first), (_, second) = run_ranks(2, count_hashed, args)
+    assert sorted(first) == sorted(
+        ["config.json", "model.safetensors"] * 3
+        + ["config.yaml", "model.safetensors", "optimizer.safetensors", "tokenizer_spec.json"]
+    )
+    assert second == []
 
 
 def refused(rank: int, args: list[str]) -> str:

@@ -17,7 +17,7 @@ from megabts.errors import UsageError, UserError
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.device import Launch
 from megabts.runtime.metrics import read_metrics
-from megabts.train.setup import adopt_sizes, start_ranks
+from megabts.train.setup import adopt_sizes, open_start, start_ranks
 from tests.train.runs import BTS_SETTINGS, MEMBERS, SETTINGS, SIZES, arguments, build, error_lines, shell, train
 
 Blend = dict[str, float]
@@ -33,7 +33,8 @@ def seed(tmp_path_factory: pytest.TempPathFactory, blend: Blend) -> Path:
 
 
 def adopted(args: list[str]) -> RunConfig:
-    return adopt_sizes(load_config(args), explicit_keys(args))
+    config = load_config(args)
+    return adopt_sizes(config, explicit_keys(args), open_start(config, ParallelMesh()))
 
 
 def test_weights_alone_are_taken(seed: Path, blend: Blend, tmp_path: Path) -> None:
