@@ -50,7 +50,7 @@ def add(checkpoint: Path, name: str, path: str, out: Path, *, train_all: bool = 
     stored = _open_bts(checkpoint)
     config = replace(stored.config, bts=add_expert(stored.config.bts, name, path, train_all=train_all))
     sources = open_members(config.bts, stored.members)
-    stitches = _initial(config, load_tensors(stored.folder, MODEL_FILE, verify=False))
+    stitches = _initial(config, load_tensors(stored.folder, MODEL_FILE))
     return _write(out, config, stitches, member_records(sources), _tokenizer(stored))
 
 
@@ -58,7 +58,7 @@ def remove(checkpoint: Path, name: str, out: Path) -> RunConfig:
     """Write the BTS model `checkpoint` without expert `name` to `out`. It runs at once. Raises UserError."""
     _check_free(out)
     stored = _open_bts(checkpoint)
-    bts, kept = remove_expert(stored.config.bts, load_tensors(stored.folder, MODEL_FILE, verify=False), name)
+    bts, kept = remove_expert(stored.config.bts, load_tensors(stored.folder, MODEL_FILE), name)
     records = member_records(open_members(bts, stored.members))
     return _write(out, replace(stored.config, bts=bts), kept, records, _tokenizer(stored))
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from megabts.bts.build import load_member, member_records, open_members, remove_expert, with_members
 from megabts.bts.model import BTSModel
 from megabts.checkpoint.folder import load_tensors
-from megabts.checkpoint.hf import config_from_hf, dtype_from_hf, is_hf_folder, weights_from_hf
+from megabts.checkpoint.hf import weights_from_hf
+from megabts.checkpoint.hf_config import config_from_hf, dtype_from_hf, is_hf_folder
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, read_manifest
 from megabts.checkpoint.source import CONFIG_FILE, DenseSource, open_member
 from megabts.checkpoint.storage import resolve
@@ -104,9 +105,7 @@ def load_model(
     if without and config.method != "bts":
         raise UsageError(f"{folder} is a {config.method} model and has no experts; leave out --without {without[0]}")
     weights: Iterable[tuple[str, Tensor]]
-    weights = (
-        weights_from_hf(folder) if is_hf_folder(folder) else load_tensors(folder, MODEL_FILE, verify=False).items()
-    )
+    weights = weights_from_hf(folder) if is_hf_folder(folder) else load_tensors(folder, MODEL_FILE).items()
     for name in without:
         bts, kept = remove_expert(config.bts, dict(weights), name)
         config, weights = replace(config, bts=bts), kept.items()

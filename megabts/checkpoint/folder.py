@@ -20,7 +20,6 @@ from megabts.checkpoint.manifest import (
     CheckpointError,
     MemberRecord,
     read_manifest,
-    verify_file,
     write_manifest,
 )
 from megabts.checkpoint.safetensors_writer import serialize, serialized_size
@@ -72,26 +71,17 @@ def write_checkpoint(
         raise
 
 
-def load_tensors(
-    folder: Path, name: str, *, names: Sequence[str] | None = None, verify: bool = True
-) -> dict[str, torch.Tensor]:
-    """Tensors of the file `name` of a checkpoint, on the CPU: all, or only `names` (the others are not read).
+def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Tensors of the file `name` of a verified checkpoint (`resolve`), on the CPU.
 
-    `verify=False` skips the hash of the file, for a caller that (or whose peer) has just verified the folder.
-    Raises CheckpointError for a damaged file or a missing name.
+    Raises CheckpointError when the manifest does not list it, or it is no safetensors file.
     """
     folder = Path(folder)
-    record = read_manifest(folder).files.get(name)
-    if record is None:
+    if name not in read_manifest(folder).files:
         raise CheckpointError(f"checkpoint {folder} was saved without {name}; use another one or do not ask for it")
-    if verify:
-        verify_file(folder, name, record)
     try:
         with safe_open(folder / name, framework="pt") as file:
-            missing = sorted(set(names or ()) - set(file.keys()))
-            if missing:
-                raise CheckpointError(f"{folder / name} has no tensor {', '.join(missing)}; is it of another model?")
-            return {key: file.get_tensor(key) for key in (file.keys() if names is None else names)}
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error}; use another step") from error
 

@@ -18,10 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megabts.checkpoint.durable import hash_chunks, read_chunks
-from megabts.checkpoint.hf_config import CONFIG, config_from_hf, dtype_from_hf, is_hf_folder, read_config, read_json
+from megabts.checkpoint.hf_config import CONFIG, config_from_hf, read_config, read_json
 from megabts.errors import UserError
-
-__all__ = ["config_from_hf", "dtype_from_hf", "hf_content_hash", "is_hf_folder", "weights_from_hf", "weights_to_hf"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,8 @@ from typing import Any
 
 import megabts
 from megabts.checkpoint.durable import FileRecord, hash_chunks, read_chunks, write_file
-from megabts.checkpoint.hf import hf_content_hash, is_hf_folder
+from megabts.checkpoint.hf import hf_content_hash
+from megabts.checkpoint.hf_config import is_hf_folder
 from megabts.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from megabts.checkpoint.folder import load_tensors
-from megabts.checkpoint.hf import config_from_hf, is_hf_folder, weights_from_hf
+from megabts.checkpoint.hf import weights_from_hf
+from megabts.checkpoint.hf_config import config_from_hf, is_hf_folder
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, check_member, content_hash, read_manifest
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
@@ -38,7 +39,7 @@ class DenseSource:
         """All parameters by megabts name, in the stored type."""
         if is_hf_folder(self.folder):
             return weights_from_hf(self.folder)
-        return iter(load_tensors(self.folder, MODEL_FILE, verify=False).items())  # open_dense has verified them
+        return iter(load_tensors(self.folder, MODEL_FILE).items())
 
 
 def open_dense(path: str | Path, known_hash: str = "") -> DenseSource:

@@ -1,4 +1,4 @@
-"""Run folders: the last good checkpoint is always found. Also the names the rest of the program uses for checkpoints.
+"""Run folders: the last good checkpoint is always found.
 
 A *run folder* holds `step_00000100/` folders and the text file `latest` (one line: the folder to continue from). A
 *checkpoint folder* (see `folder`) holds `manifest.json` (see `manifest`), safetensors files and the caller's small
@@ -16,43 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megabts.checkpoint.durable import FileRecord, beside, remove_tree, replace_text
-from megabts.checkpoint.folder import TensorFiles, load_tensors, write_checkpoint
-from megabts.checkpoint.lock import RunLock
-from megabts.checkpoint.manifest import (
-    MANIFEST,
-    MODEL_FILE,
-    CheckpointError,
-    Manifest,
-    MemberRecord,
-    check_member,
-    content_hash,
-    read_manifest,
-    verify,
-)
-from megabts.checkpoint.safetensors_writer import tensors_hash
+from megabts.checkpoint.durable import beside, remove_tree, replace_text
+from megabts.checkpoint.folder import TensorFiles, write_checkpoint
+from megabts.checkpoint.manifest import MANIFEST, CheckpointError, MemberRecord, verify
 from megabts.errors import UserError
-
-__all__ = [
-    "LATEST",
-    "MODEL_FILE",
-    "CheckpointError",
-    "FileRecord",
-    "Manifest",
-    "MemberRecord",
-    "RunLock",
-    "check_member",
-    "content_hash",
-    "has_steps",
-    "load_tensors",
-    "read_manifest",
-    "resolve",
-    "save_step",
-    "step_name",
-    "tensors_hash",
-    "verify",
-    "write_checkpoint",
-]
 
 LATEST = "latest"
 STEP_NAME = re.compile(r"step_(\d{8,})")

@@ -23,11 +23,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from megabts.data.index_file import BLOCK, damaged, dtype_code, optimal_dtype, read_index, write_index
+from megabts.data.index_file import BLOCK, damaged, dtype_code, read_index, write_index
 from megabts.data.sidecar import read_sidecar
 from megabts.errors import UserError
-
-__all__ = ["IndexedDataset", "IndexedDatasetBuilder", "dataset_prefix", "optimal_dtype"]
 
 
 def dataset_prefix(path: str | Path) -> str:

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megabts.data.encode import BadLine, EncodedBatch, Encoder
-from megabts.data.indexed import IndexedDatasetBuilder, optimal_dtype
+from megabts.data.index_file import optimal_dtype
+from megabts.data.indexed import IndexedDatasetBuilder
 from megabts.data.ordered_map import ordered_map
 from megabts.data.readers import find_inputs, line_batches
 from megabts.data.sidecar import describe_tokenizer

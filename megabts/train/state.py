@@ -64,11 +64,11 @@ def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
             "with --checkpoint.init_from, or insist with --checkpoint.force_resume true"
         )
     step = int(manifest.state["step"])
-    weights = load_tensors(folder, MODEL_FILE, verify=False)
+    weights = load_tensors(folder, MODEL_FILE)
     load_full(run.model.own_parameters(), weights.items(), run.mesh, str(folder))
     guard.load_state_dict(manifest.state["guard"])
     updates = step - guard.skipped
-    run.optimizer.load_state_dict(load_tensors(folder, OPTIMIZER_FILE, verify=False), updates)
+    run.optimizer.load_state_dict(load_tensors(folder, OPTIMIZER_FILE), updates)
     return step
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from megabts.bts.build import load_member
 from megabts.bts.model import BTSModel
-from megabts.checkpoint.hf import config_from_hf, weights_from_hf
+from megabts.checkpoint.hf import weights_from_hf
+from megabts.checkpoint.hf_config import config_from_hf
 from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.model.attention import make_context

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from megabts.checkpoint import durable, storage
-from megabts.checkpoint.storage import CheckpointError
+from megabts.checkpoint.folder import load_tensors, write_checkpoint
+from megabts.checkpoint.manifest import CheckpointError, read_manifest, verify
 from megabts.errors import UserError
 
 CALLS = ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink")
@@ -41,9 +42,9 @@ def save(run: Path, step: int, keep_last: int | None = None, size: int = 64) -> 
 
 def assert_whole(folder: Path, step: int) -> None:
     """The folder holds exactly what `save` gave for this step."""
-    assert storage.verify(folder).state == {"x": step, "step": step}
-    assert storage.load_tensors(folder, "model.safetensors")["w"].tolist() == [float(step)] * 64
-    assert storage.load_tensors(folder, "optimizer.safetensors")["m"].tolist() == [-float(step)] * 64
+    assert verify(folder).state == {"x": step, "step": step}
+    assert load_tensors(folder, "model.safetensors")["w"].tolist() == [float(step)] * 64
+    assert load_tensors(folder, "optimizer.safetensors")["m"].tolist() == [-float(step)] * 64
 
 
 class Hook:
@@ -147,10 +148,10 @@ def test_kill_at_every_system_call(tmp_path: Path, scenario: str) -> None:
 
         assert in_killed_child(work) == signal.SIGKILL, points[place - 1]
         for folder in run.glob("step_*"):
-            storage.verify(folder)
+            verify(folder)
         if before or storage.has_steps(run):
             folder = storage.resolve(run)
-            number = storage.read_manifest(folder).state["step"]
+            number = read_manifest(folder).state["step"]
             assert number in {*before, step}
             assert_whole(folder, number)
             found[number] += 1
@@ -182,14 +183,14 @@ def test_error_at_every_system_call(tmp_path: Path, scenario: str, failure: Base
         assert len(hook.points) >= place
         if before or storage.has_steps(run):
             folder = storage.resolve(run)
-            assert_whole(folder, storage.read_manifest(folder).state["step"])
+            assert_whole(folder, read_manifest(folder).state["step"])
         save(run, 3)
         assert_whole(storage.resolve(run), 3)
 
 
 def test_a_replacement_that_fails_or_dies_half_way(tmp_path: Path) -> None:
     folder = tmp_path / "plain name"
-    storage.write_checkpoint(folder, {}, {"a.txt": b"old"}, {})
+    write_checkpoint(folder, {}, {"a.txt": b"old"}, {})
 
     def fail(point: int) -> None:
         if hook.points[-1] == "before rename" and hook.points.count("before rename") == 2:
@@ -203,19 +204,19 @@ def test_a_replacement_that_fails_or_dies_half_way(tmp_path: Path) -> None:
 
     hook = Hook(fail)
     with hook.installed(), pytest.raises(CheckpointError, match="not saved: Input/output error"):
-        storage.write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
+        write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["plain name"]
     assert (storage.resolve(folder) / "a.txt").read_text() == "old"
 
     def work() -> None:
         with hook.installed():
-            storage.write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
+            write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
 
     hook.points, hook.act = [], die
     assert in_killed_child(work) == signal.SIGKILL
     assert not folder.exists()
     assert (storage.resolve(folder) / "a.txt").read_text() == "old"
-    storage.write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
+    write_checkpoint(folder, {}, {"a.txt": b"new"}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["plain name"]
     assert (storage.resolve(folder) / "a.txt").read_text() == "new"
 
@@ -250,7 +251,7 @@ def test_random_bit_flips_are_all_seen(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_every_single_bit_of_a_manifest(tmp_path: Path) -> None:
-    storage.write_checkpoint(tmp_path / "c", {}, {"config.yaml": b""}, {"lr": 1e-05})
+    write_checkpoint(tmp_path / "c", {}, {"config.yaml": b""}, {"lr": 1e-05})
     path = tmp_path / "c" / "manifest.json"
     whole = path.read_bytes()
     for place in range(len(whole)):
@@ -259,17 +260,17 @@ def test_every_single_bit_of_a_manifest(tmp_path: Path) -> None:
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
             with pytest.raises(CheckpointError, match=r"manifest\.json"):
-                storage.read_manifest(tmp_path / "c")
+                read_manifest(tmp_path / "c")
 
 
-def test_a_flipped_bit_is_seen_by_load_tensors_alone(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_seen(tmp_path: Path) -> None:
     folder = save(tmp_path, 10)
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"step_00000010 is damaged: model\.safetensors: its content"):
-        storage.load_tensors(folder, "model.safetensors")
+        verify(folder)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +298,8 @@ def test_swapped_files(tmp_path: Path) -> None:
     contents = one.read_bytes(), other.read_bytes()
     one.write_bytes(contents[1])
     other.write_bytes(contents[0])
-    with pytest.raises(CheckpointError):
-        storage.load_tensors(folder, "model.safetensors")
+    with pytest.raises(CheckpointError, match="step_00000010 is damaged"):
+        verify(folder)
     with pytest.raises(UserError, match="no usable checkpoint"):
         storage.resolve(tmp_path)
 

@@ -12,6 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megabts.checkpoint import hf, hf_config, storage
+from megabts.checkpoint.folder import load_tensors, write_checkpoint
+from megabts.checkpoint.manifest import CheckpointError, MemberRecord, check_member, content_hash, read_manifest
 from megabts.errors import UserError
 
 MEMBERS = Path(__file__).parent.parent / "golden" / "bts" / "members"
@@ -66,8 +68,8 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize("member", ["hub", "code", "math", "words"])
 def test_golden_members(member: str) -> None:
     folder = MEMBERS / member
-    assert hf.is_hf_folder(folder)
-    assert hf.config_from_hf(folder) == {
+    assert hf_config.is_hf_folder(folder)
+    assert hf_config.config_from_hf(folder) == {
         "vocab_size": 97,
         "hidden_size": 32,
         "num_layers": 8,
@@ -92,16 +94,16 @@ def test_golden_members(member: str) -> None:
 def test_what_transformers_saves(tmp_path: Path, tied: bool, shard: str) -> None:
     model = make(tmp_path, shard=shard, tie_word_embeddings=tied)
     assert ((tmp_path / "model.safetensors.index.json").exists()) == (shard == "4KB")
-    config = hf.config_from_hf(tmp_path)
+    config = hf_config.config_from_hf(tmp_path)
     assert (config["tie_embeddings"], config["head_dim"]) == (tied, 6)
-    assert hf.dtype_from_hf(tmp_path) == "bfloat16"
+    assert hf_config.dtype_from_hf(tmp_path) == "bfloat16"
     weights = dict(hf.weights_from_hf(tmp_path))
     assert_equal(weights, expected(model.state_dict(), 3, tied))
     back = dict(hf.weights_to_hf("llama", config, weights.items()))
     stored = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     assert_equal(back, stored)
-    storage.write_checkpoint(tmp_path / "ours", {"model.safetensors": weights}, {}, {})
-    assert_equal(storage.load_tensors(tmp_path / "ours", "model.safetensors"), weights)
+    write_checkpoint(tmp_path / "ours", {"model.safetensors": weights}, {}, {})
+    assert_equal(load_tensors(tmp_path / "ours", "model.safetensors"), weights)
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -120,15 +122,15 @@ def test_rope_in_both_forms(tmp_path: Path) -> None:
         "original_max_position": 64,
     }
     make(tmp_path, rope_parameters={**llama3, "rope_theta": 5e5})
-    new = hf.config_from_hf(tmp_path)
+    new = hf_config.config_from_hf(tmp_path)
     assert (new["rope_theta"], new["rope_scaling"]) == (5e5, ours)
     edit(tmp_path, rope_parameters="remove", dtype="remove", rope_theta=5e5, rope_scaling=llama3, torch_dtype="float16")
-    assert hf.config_from_hf(tmp_path) == new
-    assert hf.dtype_from_hf(tmp_path) == "float16"
+    assert hf_config.config_from_hf(tmp_path) == new
+    assert hf_config.dtype_from_hf(tmp_path) == "float16"
     edit(tmp_path, rope_scaling={"type": "linear", "factor": 2.0})
-    assert hf.config_from_hf(tmp_path)["rope_scaling"] == {"type": "linear", "factor": 2.0}
+    assert hf_config.config_from_hf(tmp_path)["rope_scaling"] == {"type": "linear", "factor": 2.0}
     edit(tmp_path, rope_scaling=None, rope_theta="remove")
-    plain = hf.config_from_hf(tmp_path)
+    plain = hf_config.config_from_hf(tmp_path)
     assert (plain["rope_theta"], plain["rope_scaling"]) == (10000.0, {})
 
 
@@ -136,7 +138,7 @@ def test_left_out_keys_mean_what_transformers_means(tmp_path: Path) -> None:
     make(tmp_path, tie_word_embeddings=True)
     names = ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"]
     edit(tmp_path, **dict.fromkeys(names, "remove"), rope_parameters="remove")
-    config, theirs = hf.config_from_hf(tmp_path), LlamaConfig.from_pretrained(tmp_path)
+    config, theirs = hf_config.config_from_hf(tmp_path), LlamaConfig.from_pretrained(tmp_path)
     assert config["num_kv_heads"] == theirs.num_key_value_heads
     assert config["head_dim"] == theirs.head_dim
     assert config["norm_eps"] == theirs.rms_norm_eps
@@ -265,7 +267,7 @@ def test_parts_of_different_type_are_refused(tmp_path: Path) -> None:
 
 
 def test_export_of_an_unknown_parameter(tmp_path: Path) -> None:
-    config = hf.config_from_hf(MEMBERS / "hub")
+    config = hf_config.config_from_hf(MEMBERS / "hub")
     with pytest.raises(UserError, match=r"stitch\.0\.gate has no name in the llama family"):
         list(hf.weights_to_hf("llama", config, [("stitch.0.gate", torch.ones(1))]))
 
@@ -276,7 +278,7 @@ def test_content_hash_sees_weights_and_configuration(tmp_path: Path) -> None:
     assert hf.hf_content_hash(tmp_path / "a") == hf.hf_content_hash(tmp_path / "b")
     (tmp_path / "b" / "notes.txt").write_text("x")
     before = hf.hf_content_hash(tmp_path / "b")
-    assert before == storage.content_hash(tmp_path / "a")
+    assert before == content_hash(tmp_path / "a")
     edit(tmp_path / "b", rms_norm_eps=1e-6)
     data = bytearray((tmp_path / "a" / "model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -287,13 +289,13 @@ def test_content_hash_sees_weights_and_configuration(tmp_path: Path) -> None:
 
 def test_hf_member_of_a_checkpoint(tmp_path: Path) -> None:
     shutil.copytree(MEMBERS / "hub", tmp_path / "hub")
-    record = storage.MemberRecord("hub", str(tmp_path / "hub"), storage.content_hash(tmp_path / "hub"))
+    record = MemberRecord("hub", str(tmp_path / "hub"), content_hash(tmp_path / "hub"))
     folder = storage.save_step(tmp_path / "run", 1, {}, {}, {}, members=[record])
-    assert not hf.is_hf_folder(folder)
-    assert storage.check_member(storage.read_manifest(folder).members[0], folder) == tmp_path / "hub"
+    assert not hf_config.is_hf_folder(folder)
+    assert check_member(read_manifest(folder).members[0], folder) == tmp_path / "hub"
     edit(tmp_path / "hub", vocab_size=98)
-    with pytest.raises(storage.CheckpointError, match=r"member 'hub' .* has changed"):
-        storage.check_member(storage.read_manifest(folder).members[0], folder)
+    with pytest.raises(CheckpointError, match=r"member 'hub' .* has changed"):
+        check_member(read_manifest(folder).members[0], folder)
 
 
 def test_each_family_has_names_and_limits() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megabts.checkpoint.storage import RunLock
+from megabts.checkpoint.lock import RunLock
 from megabts.errors import UserError
 
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabts.data.indexed import IndexedDataset, IndexedDatasetBuilder, optimal_dtype
+from megabts.data.index_file import optimal_dtype
+from megabts.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megabts.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -73,7 +73,15 @@ def test_a_stitched_model_and_its_hub(data: Path, tmp_path: Path, monkeypatch: p
         assert evaluate(monkeypatch, *given, "--json", tmp_path / "losses.json") == 0
         results.append(json.loads((tmp_path / "losses.json").read_text())["ids"])
     assert results[0] == results[1]
-    without = ["--checkpoint", tmp_path / "bts", "--data", f"ids={data / 'ids'}", "--samples", "20", "--without"]
+    without: list[str | Path] = [
+        "--checkpoint",
+        tmp_path / "bts",
+        "--data",
+        f"ids={data / 'ids'}",
+        "--samples",
+        "20",
+        "--without",
+    ]
     assert evaluate(monkeypatch, *without, "code", "--json", tmp_path / "losses.json") == 0
     assert json.loads((tmp_path / "losses.json").read_text())["ids"]["loss"] == pytest.approx(
         results[0]["loss"], rel=1e-5

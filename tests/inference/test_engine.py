@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from megabts.checkpoint.hf import config_from_hf, weights_from_hf
+from megabts.checkpoint.hf import weights_from_hf
+from megabts.checkpoint.hf_config import config_from_hf
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError, UserError
 from megabts.inference.engine import Decoding, GenerationSettings, generate, generate_uncached, score

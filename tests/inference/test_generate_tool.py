@@ -12,7 +12,7 @@ from megabts.bts.gates import record_gates
 from megabts.bts.model import BTSModel
 from megabts.build import load_model
 from megabts.checkpoint.folder import write_checkpoint
-from megabts.checkpoint.hf import config_from_hf
+from megabts.checkpoint.hf_config import config_from_hf
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, content_hash
 from megabts.checkpoint.source import CONFIG_FILE
 from megabts.config.load import to_yaml

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megabts.build import load_model
-from megabts.checkpoint.storage import verify
+from megabts.checkpoint.manifest import verify
 from megabts.config.load import from_yaml, load_config
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.metrics import read_metrics
