@@ -17,7 +17,6 @@ from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, read_manifest
 from megabts.checkpoint.source import CONFIG_FILE, DenseSource, open_member
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
-from megabts.config.model import ModelConfig
 from megabts.config.run import PrecisionConfig, RunConfig
 from megabts.errors import UsageError, UserError
 from megabts.model.backend import Backend
@@ -127,7 +126,7 @@ def open_model(path: str | Path) -> StoredModel:
         raise UserError(f"there is no folder {folder}; give a checkpoint, a run folder or a Hugging Face folder")
     if is_hf_folder(folder):
         dtype: Literal["bfloat16", "float32"] = "bfloat16" if dtype_from_hf(folder) == "bfloat16" else "float32"
-        model = ModelConfig(**config_from_hf(folder))
+        model = config_from_hf(folder)
         return StoredModel(RunConfig(model=model, precision=PrecisionConfig(dtype=dtype)), folder, {})
     folder = resolve(folder)
     config = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from megabts.checkpoint.durable import hash_chunks, read_chunks
 from megabts.checkpoint.hf_config import CONFIG, config_from_hf, read_config, read_json
+from megabts.config.model import ModelConfig
 from megabts.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -71,7 +72,7 @@ def weights_from_hf(hf_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
     sizes = _sizes(config)
     with ExitStack() as stack:
         source = _open_shards(hf_dir, stack)
-        if config["tie_embeddings"]:
+        if config.tie_embeddings:
             head = names.pop(HEAD)
             if head[0].name in source:
                 _check_complete(hf_dir, source, names | {HEAD: head}, sizes)
@@ -83,7 +84,7 @@ def weights_from_hf(hf_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def weights_to_hf(
-    family: str, config: Mapping[str, Any], weights: Iterable[tuple[str, torch.Tensor]]
+    family: str, config: ModelConfig, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same table the other way: megabts parameters as the family's tensors (views). Raises UserError for a name."""
     names = _expand(FAMILIES[family], config)
@@ -163,12 +164,12 @@ def _join(hf_dir: Path, source: Mapping[str, Any], parts: tuple[Part, ...]) -> t
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
-def _expand(names: Names, config: Mapping[str, Any]) -> dict[str, tuple[Part, ...]]:
+def _expand(names: Names, config: ModelConfig) -> dict[str, tuple[Part, ...]]:
     """The table with every layer's number written out, in the model's order."""
     keys = list(names)
     first, last = _layer_span(keys)
     expanded = {key: names[key] for key in keys[:first]}
-    for i in range(config["num_layers"]):
+    for i in range(config.num_layers):
         for key in keys[first:last]:
             parts = tuple(Part(part.name.format(i=i), part.shape) for part in names[key])
             expanded[key.format(i=i)] = parts
@@ -180,11 +181,11 @@ def _layer_span(keys: list[str]) -> tuple[int, int]:
     return inside[0], inside[-1] + 1
 
 
-def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(config: ModelConfig) -> dict[str, int]:
     return {
-        "vocab": config["vocab_size"],
-        "hidden": config["hidden_size"],
-        "query": config["num_heads"] * config["head_dim"],
-        "key_value": config["num_kv_heads"] * config["head_dim"],
-        "ffn": config["ffn_size"],
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "query": config.num_heads * config.head_dim,
+        "key_value": config.num_kv_heads * config.head_dim,
+        "ffn": config.ffn_size,
     }

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megabts.config.model import ModelConfig
 from megabts.errors import UserError
 
 CONFIG = "config.json"
@@ -48,8 +49,8 @@ def is_hf_folder(path: Path) -> bool:
     return (Path(path) / CONFIG).is_file() and not (Path(path) / "manifest.json").exists()
 
 
-def config_from_hf(hf_dir: Path) -> dict[str, Any]:
-    """The megabts ModelConfig fields of a Hugging Face folder; reads the `config.json` of transformers 4 and 5.
+def config_from_hf(hf_dir: Path) -> ModelConfig:
+    """The model configuration of a Hugging Face folder; reads the `config.json` of transformers 4 and 5.
 
     Raises UserError naming the first key or value that megabts does not compute.
     """
@@ -61,19 +62,20 @@ def config_from_hf(hf_dir: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED_KEYS.values() if not isinstance(raw.get(key), int)]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} missing or not a whole number; restore the file")
-    config = {ours: raw[theirs] for ours, theirs in REQUIRED_KEYS.items()}
+    sizes = {ours: raw[theirs] for ours, theirs in REQUIRED_KEYS.items()}
     theta, scaling = _rope(raw, where)
-    return config | {
-        "num_kv_heads": raw.get("num_key_value_heads") or config["num_heads"],
-        "head_dim": raw.get("head_dim") or config["hidden_size"] // config["num_heads"],
-        "max_seq_len": raw.get("max_position_embeddings", 2048),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
-        "qkv_bias": False,
-        "qk_norm": False,
-    }
+    return ModelConfig(
+        **sizes,
+        num_kv_heads=raw.get("num_key_value_heads") or sizes["num_heads"],
+        head_dim=raw.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"],
+        max_seq_len=raw.get("max_position_embeddings", 2048),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_embeddings=raw.get("tie_word_embeddings", False),
+        qkv_bias=False,
+        qk_norm=False,
+    )
 
 
 def dtype_from_hf(hf_dir: Path) -> str | None:

@@ -52,7 +52,7 @@ def open_dense(path: str | Path, known_hash: str = "") -> DenseSource:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a checkpoint, a run folder or a Hugging Face folder")
     if is_hf_folder(folder):
-        config = ModelConfig(**config_from_hf(folder))
+        config = config_from_hf(folder)
         return DenseSource(folder, config, known_hash or content_hash(folder), find_tokenizer(folder), "")
     folder = resolve(folder)
     run = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))

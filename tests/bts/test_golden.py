@@ -12,7 +12,6 @@ from megabts.bts.model import BTSModel
 from megabts.checkpoint.hf import weights_from_hf
 from megabts.checkpoint.hf_config import config_from_hf
 from megabts.config.methods import BTSConfig
-from megabts.config.model import ModelConfig
 from megabts.model.attention import make_context
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
@@ -29,7 +28,7 @@ def golden_model(case: dict) -> BTSModel:
     """The case's model with its members' weights, in float32 on one rank."""
     mesh = ParallelMesh()
     folders = [GOLDEN / "members" / name for name in case["members"]]
-    config = ModelConfig(**config_from_hf(folders[0]))
+    config = config_from_hf(folders[0])
     experts = {name: str(folder) for name, folder in zip(case["members"][1:], folders[1:], strict=True)}
     bts = BTSConfig(
         str(folders[0]),

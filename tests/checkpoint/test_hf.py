@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megabts.checkpoint import hf, hf_config, storage
 from megabts.checkpoint.folder import load_tensors, write_checkpoint
 from megabts.checkpoint.manifest import CheckpointError, MemberRecord, check_member, content_hash, read_manifest
+from megabts.config.model import ModelConfig
 from megabts.errors import UserError
 
 MEMBERS = Path(__file__).parent.parent / "golden" / "bts" / "members"
@@ -69,22 +70,22 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 def test_golden_members(member: str) -> None:
     folder = MEMBERS / member
     assert hf_config.is_hf_folder(folder)
-    assert hf_config.config_from_hf(folder) == {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "num_layers": 8,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "ffn_size": 64,
-        "max_seq_len": 64,
-        "rope_theta": 10000.0,
-        "rope_scaling": {},
-        "norm_eps": 1e-05,
-        "tie_embeddings": False,
-        "qkv_bias": False,
-        "qk_norm": False,
-    }
+    assert hf_config.config_from_hf(folder) == ModelConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_size=64,
+        max_seq_len=64,
+        rope_theta=10000.0,
+        rope_scaling={},
+        norm_eps=1e-05,
+        tie_embeddings=False,
+        qkv_bias=False,
+        qk_norm=False,
+    )
     stored = safetensors.torch.load_file(folder / "model.safetensors")
     assert_equal(dict(hf.weights_from_hf(folder)), expected(stored, 8, tied=False))
 
@@ -95,7 +96,7 @@ def test_what_transformers_saves(tmp_path: Path, tied: bool, shard: str) -> None
     model = make(tmp_path, shard=shard, tie_word_embeddings=tied)
     assert ((tmp_path / "model.safetensors.index.json").exists()) == (shard == "4KB")
     config = hf_config.config_from_hf(tmp_path)
-    assert (config["tie_embeddings"], config["head_dim"]) == (tied, 6)
+    assert (config.tie_embeddings, config.head_dim) == (tied, 6)
     assert hf_config.dtype_from_hf(tmp_path) == "bfloat16"
     weights = dict(hf.weights_from_hf(tmp_path))
     assert_equal(weights, expected(model.state_dict(), 3, tied))
@@ -123,15 +124,15 @@ def test_rope_in_both_forms(tmp_path: Path) -> None:
     }
     make(tmp_path, rope_parameters={**llama3, "rope_theta": 5e5})
     new = hf_config.config_from_hf(tmp_path)
-    assert (new["rope_theta"], new["rope_scaling"]) == (5e5, ours)
+    assert (new.rope_theta, new.rope_scaling) == (5e5, ours)
     edit(tmp_path, rope_parameters="remove", dtype="remove", rope_theta=5e5, rope_scaling=llama3, torch_dtype="float16")
     assert hf_config.config_from_hf(tmp_path) == new
     assert hf_config.dtype_from_hf(tmp_path) == "float16"
     edit(tmp_path, rope_scaling={"type": "linear", "factor": 2.0})
-    assert hf_config.config_from_hf(tmp_path)["rope_scaling"] == {"type": "linear", "factor": 2.0}
+    assert hf_config.config_from_hf(tmp_path).rope_scaling == {"type": "linear", "factor": 2.0}
     edit(tmp_path, rope_scaling=None, rope_theta="remove")
     plain = hf_config.config_from_hf(tmp_path)
-    assert (plain["rope_theta"], plain["rope_scaling"]) == (10000.0, {})
+    assert (plain.rope_theta, plain.rope_scaling) == (10000.0, {})
 
 
 def test_left_out_keys_mean_what_transformers_means(tmp_path: Path) -> None:
@@ -139,12 +140,12 @@ def test_left_out_keys_mean_what_transformers_means(tmp_path: Path) -> None:
     names = ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"]
     edit(tmp_path, **dict.fromkeys(names, "remove"), rope_parameters="remove")
     config, theirs = hf_config.config_from_hf(tmp_path), LlamaConfig.from_pretrained(tmp_path)
-    assert config["num_kv_heads"] == theirs.num_key_value_heads
-    assert config["head_dim"] == theirs.head_dim
-    assert config["norm_eps"] == theirs.rms_norm_eps
-    assert config["max_seq_len"] == theirs.max_position_embeddings
-    assert config["tie_embeddings"] == theirs.tie_word_embeddings
-    assert config["rope_theta"] == theirs.to_dict()["rope_parameters"]["rope_theta"]
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == theirs.head_dim
+    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.max_seq_len == theirs.max_position_embeddings
+    assert config.tie_embeddings == theirs.tie_word_embeddings
+    assert config.rope_theta == theirs.to_dict()["rope_parameters"]["rope_theta"]
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [

@@ -11,7 +11,6 @@ from transformers import LlamaForCausalLM
 
 from megabts.checkpoint.hf import weights_from_hf
 from megabts.checkpoint.hf_config import config_from_hf
-from megabts.config.model import ModelConfig
 from megabts.errors import UsageError, UserError
 from megabts.inference.engine import Decoding, GenerationSettings, generate, generate_uncached, score
 from megabts.model.decoder import Decoder
@@ -89,7 +88,7 @@ def test_a_batch_is_its_rows(name: str) -> None:
 
 def test_greedy_is_what_transformers_generates() -> None:
     mesh = ParallelMesh()
-    model = Decoder(ModelConfig(**config_from_hf(HUB)), TorchBackend(torch.float32, "cpu", mesh.tp))
+    model = Decoder(config_from_hf(HUB), TorchBackend(torch.float32, "cpu", mesh.tp))
     load_full(named_metas(model), weights_from_hf(HUB), mesh, str(HUB))
     reference: Any = LlamaForCausalLM.from_pretrained(HUB, dtype=torch.float32)
     prompts = [[1, 5, 90, 33, 7], [64, 2, 11, 80, 80]]

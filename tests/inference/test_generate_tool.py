@@ -17,7 +17,6 @@ from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, content_hash
 from megabts.checkpoint.source import CONFIG_FILE
 from megabts.config.load import to_yaml
 from megabts.config.methods import BTSConfig
-from megabts.config.model import ModelConfig
 from megabts.config.run import RunConfig
 from megabts.inference.engine import GenerationSettings, generate, score
 from megabts.model.torch_backend import TorchBackend
@@ -53,7 +52,7 @@ def stitched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "stitch" / "step_00000001"
     names = ("code", "math")
     bts = BTSConfig(HUB, {name: str(MEMBERS / name) for name in names}, num_stitch_layers=3)
-    config = RunConfig(method="bts", model=ModelConfig(**config_from_hf(Path(HUB))), bts=bts)
+    config = RunConfig(method="bts", model=config_from_hf(Path(HUB)), bts=bts)
     mesh = ParallelMesh()
     model = BTSModel(config.model, bts, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(model.own_parameters(), 0, mesh)
