@@ -55,14 +55,13 @@ def main() -> None:
     sets = build_valid_datasets(data, args.samples, tokenizer=tokenizer, vocab_size=loaded.config.model.vocab_size)
     if not sets:
         raise UsageError("the run has no validation sets; give --data DOMAIN=PREFIX ...")
-    eod = tokenizer.eod_id if tokenizer and tokenizer.has_eod else None
     results = domain_losses(
         loaded.model,
         sets,
         micro_batch=args.micro_batch,
         dp=mesh.dp,
         device=device,
-        eod_id=eod,
+        eod_id=tokenizer.eod_id if tokenizer else None,
         eod_mask_loss=data.eod_mask_loss,
     )
     print(losses_table(results))
@@ -72,9 +71,11 @@ def main() -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON, with its folder. Raises UserError."""
+    from megabts.checkpoint.durable import replace_text
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        replace_text(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--json {path} cannot be written: {error.strerror}") from error
 

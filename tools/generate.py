@@ -62,9 +62,8 @@ def main() -> None:
     if not (args.tokenizer or loaded.tokenizer):
         raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
     tokenizer = build_tokenizer(args.tokenizer or loaded.tokenizer)
-    stop_ids = (tokenizer.eod_id,) if tokenizer.has_eod else ()
-    eod_id = tokenizer.eod_id if tokenizer.has_eod else None
-    settings = replace(settings, stop_ids=stop_ids, eod_id=eod_id, num_ids=tokenizer.vocab_size)
+    stop_ids = () if tokenizer.eod_id is None else (tokenizer.eod_id,)
+    settings = replace(settings, stop_ids=stop_ids, eod_id=tokenizer.eod_id, num_ids=tokenizer.vocab_size)
     prompts = [begin(text, tokenizer) for text in texts]
     engine = generate_uncached if args.no_cache else generate
     start = time.perf_counter()
@@ -103,11 +102,11 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
 def begin(text: str, tokenizer: "Tokenizer") -> list[int]:
     """Ids of a prompt; an empty one begins as a new document does, after an end-of-document token."""
     ids = tokenizer.encode(text)
-    if not ids and not tokenizer.has_eod:
-        raise UserError(
-            f"the prompt is empty and tokenizer {tokenizer.name} has no end-of-document token to begin with"
-        )
-    return ids or [tokenizer.eod_id]
+    if ids:
+        return ids
+    if tokenizer.eod_id is None:
+        raise UserError(f"the prompt is empty and tokenizer {tokenizer.name} has no end-of-document token; give a text")
+    return [tokenizer.eod_id]
 
 
 def stream(run: Callable[["OnToken"], list[list[int]]], prompt: list[int], tokenizer: "Tokenizer") -> list[list[int]]:

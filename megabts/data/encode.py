@@ -123,7 +123,7 @@ class Encoder:
 
     def _pack(self, key: int, documents: list[Document], ids: list[list[int]]) -> EncodedKey:
         """The sequences of one key. Empty sequences are dropped; a document of none stays, empty and without eod."""
-        end = [self.tokenizer.eod_id] if self.append_eod else []
+        end = [self.tokenizer.eod_id] if self.append_eod and self.tokenizer.eod_id is not None else []
         sequences: list[list[int]] = []
         counts: list[int] = []
         position = 0

@@ -84,8 +84,11 @@ def preprocess(
 
     Raises UserError for missing or empty input, a bad line (unless they are skipped), a full disk, a dead worker.
     """
-    if options.append_eod:
-        tokenizer.eod_id  # noqa: B018  # raises before any work if there is none
+    if options.append_eod and tokenizer.eod_id is None:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has no end-of-document token; use one with an eos token, or leave out "
+            "--append-eod"
+        )
     files = find_inputs(options.inputs)
     dtype = optimal_dtype(tokenizer.vocab_size)
     stop = options.on_bad_line == "stop"

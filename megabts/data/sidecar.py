@@ -25,7 +25,7 @@ def describe_tokenizer(tokenizer: Tokenizer, append_eod: bool) -> dict[str, Any]
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id if tokenizer.has_eod else None,
+        "eod_id": tokenizer.eod_id,
         "append_eod": append_eod,
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megabts.errors import UserError
-from megabts.tokenizers.protocol import read_definition, require_eod, sha256_hex
+from megabts.tokenizers.protocol import read_definition, sha256_hex
 
 DEFINITION_FILE = "tokenizer.json"
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -47,7 +47,7 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have gaps: the largest one counts
         self.pad_id: int | None = self._named_token("pad_token")
-        self._eod = self._find_eod()
+        self.eod_id = self._find_eod()
 
     @classmethod
     def from_path(
@@ -97,14 +97,6 @@ class HuggingFaceTokenizer:
             return named
         found = (self._tokenizer.token_to_id(token) for token in _EOD_TOKENS)
         return next((i for i in found if i is not None), None)
-
-    @property
-    def has_eod(self) -> bool:
-        return self._eod is not None
-
-    @property
-    def eod_id(self) -> int:
-        return require_eod(self._eod, self.name)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

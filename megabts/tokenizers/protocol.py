@@ -33,12 +33,8 @@ class Tokenizer(Protocol):
         """Number of ids, without padding."""
 
     @property
-    def has_eod(self) -> bool:
-        """Whether there is an end-of-document token."""
-
-    @property
-    def eod_id(self) -> int:
-        """The end-of-document token. Raises UserError when there is none."""
+    def eod_id(self) -> int | None:
+        """The end-of-document token, if the tokenizer has one."""
 
     @property
     def pad_id(self) -> int | None:
@@ -72,15 +68,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 def sha256_hex(definition: bytes) -> str:
     """The fingerprint of a definition."""
     return hashlib.sha256(definition).hexdigest()
-
-
-def require_eod(eod: int | None, name: str) -> int:
-    """`eod`, or a UserError that says what would help."""
-    if eod is None:
-        raise UserError(
-            f"tokenizer {name} has no end-of-document token: use one with an eos token, or leave out --append-eod"
-        )
-    return eod
 
 
 def read_definition(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megabts.errors import UserError
-from megabts.tokenizers.protocol import read_definition, require_eod, sha256_hex
+from megabts.tokenizers.protocol import read_definition, sha256_hex
 
 MODEL_FILE = "tokenizer.model"
 _META_SPACE = "\u2581"
@@ -35,7 +35,7 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         pad = self._processor.pad_id()
         self.pad_id: int | None = pad if pad >= 0 else None
-        self._eod = self._find_eod()
+        self.eod_id = self._find_eod()
         self._meta_space_ids = self._find_meta_space_ids()
 
     @classmethod
@@ -59,14 +59,6 @@ class SentencePieceTokenizer:
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _META_SPACE.encode()]
         lossless = self._processor.decode(self._processor.encode(_LOSSLESS_PROBE)) == _LOSSLESS_PROBE
         return ids if lossless and unknown not in ids else None
-
-    @property
-    def has_eod(self) -> bool:
-        return self._eod is not None
-
-    @property
-    def eod_id(self) -> int:
-        return require_eod(self._eod, self.name)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

@@ -19,7 +19,6 @@ class BytesTokenizer:
 
     name = "bytes"
     vocab_size = 257
-    has_eod = True
     eod_id = 256
     pad_id: int | None = None
     fingerprint = sha256_hex(b"megabts bytes tokenizer: 256 bytes, eod 256")
@@ -41,7 +40,6 @@ class BytesTokenizer:
 class NullTokenizer:
     """Text of integers in [0, vocab_size), separated by white space; the last id is the end of a document."""
 
-    has_eod = True
     pad_id: int | None = None
 
     def __init__(self, vocab_size: int) -> None:

@@ -55,7 +55,7 @@ class Run:
     @property
     def eod_id(self) -> int | None:
         """The tokenizer's end-of-document token, if it is known."""
-        return self.tokenizer.eod_id if self.tokenizer and self.tokenizer.has_eod else None
+        return self.tokenizer.eod_id if self.tokenizer else None
 
 
 def start_ranks(config: RunConfig, launch: Launch) -> tuple[ParallelMesh, torch.device]:
@@ -138,7 +138,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
         seq_length=config.data.seq_length,
-        eod_id=tokenizer.eod_id if tokenizer and tokenizer.has_eod else None,
+        eod_id=tokenizer.eod_id if tokenizer else None,
         eod_mask_loss=config.data.eod_mask_loss,
         document_ids=not config.model.cross_document_attention,
         vocab_size=vocab_size,

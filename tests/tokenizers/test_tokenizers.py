@@ -210,9 +210,7 @@ def test_an_end_of_document_is_only_missed_when_it_is_needed(tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     tokenizer = build_tokenizer(tmp_path)
     assert tokenizer.encode("abc") == [0, 1, 2]
-    assert not tokenizer.has_eod
-    with pytest.raises(UserError, match="no end-of-document token"):
-        tokenizer.eod_id  # noqa: B018
+    assert tokenizer.eod_id is None
 
 
 def test_ids_of_another_tokenizer_are_refused(trained: dict[str, Tokenizer]) -> None:
