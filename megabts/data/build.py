@@ -168,7 +168,7 @@ def _check_tokenizers(datasets: Sequence[IndexedDataset], tokenizer: Tokenizer |
         elif dataset.sidecar["tokenizer_fingerprint"] != known[0].sidecar["tokenizer_fingerprint"]:
             raise UserError(
                 f"{dataset.prefix} was tokenized with {_made_with(dataset)}, {known[0].prefix} with "
-                f"{_made_with(known[0])}: tokenize one of them again"
+                f"{_made_with(known[0])}; tokenize one of them again"
             )
 
 

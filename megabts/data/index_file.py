@@ -48,7 +48,7 @@ def dtype_code(dtype: Any) -> int:
     for code, known in DTYPES.items():
         if known == wanted and wanted.kind in "iu":
             return code
-    raise UserError(f"tokens cannot be stored as {np.dtype(dtype)}: use uint16 or int32")
+    raise UserError(f"tokens cannot be stored as {np.dtype(dtype)}; use uint16 or int32")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Index:
 
 def damaged(path: str, what: str) -> UserError:
     """The error that says `what` is wrong with the file."""
-    return UserError(f"{path}: {what}; the file is damaged or was cut: copy it again or rebuild it")
+    return UserError(f"{path}: {what}; the file is damaged or was cut, so copy it again or rebuild it")
 
 
 def read_index(path: str) -> Index:
@@ -99,7 +99,7 @@ def _read_arrays(path: str) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np.n
         raise damaged(path, "document count 0, where at least 1 is needed")
     expected = HEADER.size + 12 * sequences + 8 * documents
     if size == expected + sequences and sequences > 0:
-        raise UserError(f"{path}: a multimodal index (it has sequence modes), which is not supported: use text data")
+        raise UserError(f"{path}: a multimodal index (it has sequence modes), which is not supported; use text data")
     if size != expected:
         raise damaged(path, f"{size} bytes, where {sequences} sequences and {documents} document marks take {expected}")
     lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)

@@ -183,7 +183,7 @@ class IndexedDatasetBuilder:
         part = IndexedDataset(prefix)
         if part.dtype != self.dtype:
             raise UserError(
-                f"{part.prefix} stores {part.dtype}, {self.prefix} {self.dtype}: tokenize one of them again"
+                f"{part.prefix} stores {part.dtype}, {self.prefix} {self.dtype}; tokenize one of them again"
             )
         first = len(self._lengths)
         with _writing(self.prefix), open(f"{part.prefix}.bin", "rb") as tokens:

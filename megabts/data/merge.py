@@ -15,7 +15,7 @@ def find_datasets(folder: str | Path) -> list[str]:
     found = {suffix: {str(path)[:-4] for path in Path(folder).glob(f"*.{suffix}")} for suffix in ("bin", "idx")}
     for prefix in sorted(found["bin"] ^ found["idx"]):
         have, lack = ("bin", "idx") if prefix in found["bin"] else ("idx", "bin")
-        raise UserError(f"{prefix}.{have} has no {prefix}.{lack} beside it: add it, or move the file away")
+        raise UserError(f"{prefix}.{have} has no {prefix}.{lack} beside it; add it, or move the file away")
     if not found["idx"]:
         raise UserError(f"folder {folder} holds no datasets (.bin and .idx)")
     return sorted(found["idx"])
@@ -30,7 +30,7 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDatase
     parts = [IndexedDataset(prefix) for prefix in prefixes]
     for part in parts:
         if Path(part.prefix).resolve() == Path(output_prefix).resolve():
-            raise UserError(f"the output {output_prefix} is one of the inputs: move it, or write to another folder")
+            raise UserError(f"the output {output_prefix} is one of the inputs; move it, or write to another folder")
     sidecar = merge_sidecars([(part.prefix, part.sidecar) for part in parts])
     with IndexedDatasetBuilder(output_prefix, parts[0].dtype) as builder:
         for part in parts:

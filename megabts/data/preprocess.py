@@ -54,7 +54,7 @@ class PreprocessOptions:
         if self.max_line_bytes < 2:
             raise UsageError(f"--max-line-bytes {self.max_line_bytes}: at least 2 is needed")
         if self.on_bad_line not in BAD_LINE_CHOICES:
-            raise UsageError(f"--on-bad-line {self.on_bad_line}: use {' or '.join(BAD_LINE_CHOICES)}")
+            raise UsageError(f"--on-bad-line {self.on_bad_line} is unknown; use {' or '.join(BAD_LINE_CHOICES)}")
 
     def dataset_prefix(self, key: str) -> str:
         return f"{self.output_prefix}_{key}_document"

@@ -42,7 +42,7 @@ def find_inputs(inputs: Sequence[str], suffixes: tuple[str, ...] = _SUFFIXES) ->
     files = [file for name in inputs for file in _expand(name, suffixes)]
     for file in files:
         if file.endswith(_NOT_READ):
-            raise UserError(f"{file}: {Path(file).suffix} files are not read: give JSON lines, plain or .gz")
+            raise UserError(f"{file}: {Path(file).suffix} files are not read; give JSON lines, plain or .gz")
     return files
 
 
@@ -87,7 +87,7 @@ def open_input(name: str) -> Iterator[IO[bytes]]:
             with open(name, "rb", buffering=1 << 20) as file:
                 yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{name} is no complete gzip file ({error}): copy it again") from error
+        raise UserError(f"{name} is no complete gzip file ({error}); copy it again") from error
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
 

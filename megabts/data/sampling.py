@@ -20,7 +20,7 @@ def sample_texts(inputs: Sequence[str], bytes_per_file: int | None = None, json_
     """
     files = find_inputs(inputs, SUFFIXES)
     if STDIN in files:
-        raise UserError("standard input cannot be sampled, as files are read twice: give a file")
+        raise UserError("standard input cannot be sampled, as files are read twice; give a file")
     for file in files:
         yield from _texts(file, json_key) if bytes_per_file is None else _sample(file, bytes_per_file, json_key)
 

@@ -39,9 +39,9 @@ def read_sidecar(prefix: str, sequences: int, tokens: int) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: rebuild the dataset, or remove the file") from error
+        raise UserError(f"{path} cannot be read as JSON; rebuild the dataset, or remove the file") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: rebuild the dataset, or remove the file")
+        raise UserError(f"{path} is not a JSON object; rebuild the dataset, or remove the file")
     for name, found in (("sequences", sequences), ("tokens", tokens)):
         if content.get(name, found) != found:
             raise UserError(
@@ -57,7 +57,7 @@ def require_same_tokenizer(prefix: str, sidecar: dict[str, Any], tokenizer: Toke
     if made_with is not None and made_with != tokenizer.fingerprint:
         raise UserError(
             f"{prefix} was tokenized with {sidecar.get('tokenizer')} (sha {str(made_with)[:8]}..), {user} expects "
-            f"{tokenizer.name} (sha {tokenizer.fingerprint[:8]}..): tokenize the data again"
+            f"{tokenizer.name} (sha {tokenizer.fingerprint[:8]}..); tokenize the data again"
         )
 
 
@@ -74,7 +74,7 @@ def merge_sidecars(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any
             if sidecar.get(name) != first.get(name):
                 raise UserError(
                     f"{prefix} and {first_prefix} were not tokenized the same way ({name}: {sidecar.get(name)} and "
-                    f"{first.get(name)}): tokenize one of them again"
+                    f"{first.get(name)}); tokenize one of them again"
                 )
     counts = {
         name: sum(sidecar[name] for _, sidecar in parts)

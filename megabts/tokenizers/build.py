@@ -43,14 +43,14 @@ def build_tokenizer(spec: str | Path, include_special_tokens: bool = False) -> T
             raise UserError(f"tokenizer folder {path} has none of {', '.join(_DEFINITIONS)}; give {_KINDS}")
         path = file
     if not path.exists():
-        raise UserError(f"tokenizer {name} does not exist: give {_KINDS}")
+        raise UserError(f"tokenizer {name} does not exist; give {_KINDS}")
     if path.name == SPEC_FILE:
         return _build_from_spec_file(path)
     if path.suffix == ".json":
         return HuggingFaceTokenizer.from_path(path, name, include_special_tokens)
     if path.suffix == ".model":
         return SentencePieceTokenizer.from_file(path, name)
-    raise UserError(f"tokenizer {name} is of an unknown kind: give {_KINDS}")
+    raise UserError(f"tokenizer {name} is of an unknown kind; give {_KINDS}")
 
 
 def find_tokenizer(folder: str | Path) -> str:
@@ -66,7 +66,7 @@ def _definition_in(folder: Path) -> Path | None:
 def _build_null(spec: str) -> NullTokenizer:
     vocab_size = spec.removeprefix("null:")
     if not re.fullmatch(r"[0-9]{1,9}", vocab_size):
-        raise UserError(f"tokenizer {spec}: write null:VOCAB with the number of ids, such as null:100")
+        raise UserError(f"tokenizer {spec} has no number of ids; write null:VOCAB, such as null:100")
     return NullTokenizer(int(vocab_size))
 
 
@@ -96,7 +96,7 @@ def build_tokenizer_from_flags(
     if tokenizer_type in _REFUSED_TYPES:
         raise UsageError(f"--tokenizer-type {tokenizer_type} is not supported: {_REFUSED_TYPES[tokenizer_type]}")
     if tokenizer_type not in TOKENIZER_TYPES:
-        raise UsageError(f"--tokenizer-type {tokenizer_type} is unknown: use one of {', '.join(TOKENIZER_TYPES)}")
+        raise UsageError(f"--tokenizer-type {tokenizer_type} is unknown; use one of {', '.join(TOKENIZER_TYPES)}")
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None:
             raise UsageError("--tokenizer-type NullTokenizer needs --vocab-size")

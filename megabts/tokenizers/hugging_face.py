@@ -85,7 +85,7 @@ class HuggingFaceTokenizer:
             try:
                 token = json.loads(content).get(role)
             except (ValueError, AttributeError) as error:
-                raise UserError(f"{file} of tokenizer {self.name} is not a JSON object: copy it again") from error
+                raise UserError(f"{file} of tokenizer {self.name} is not a JSON object; copy it again") from error
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str) and self._tokenizer.token_to_id(text) is not None:
                 return self._tokenizer.token_to_id(text)

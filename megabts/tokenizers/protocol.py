@@ -77,5 +77,5 @@ def read_definition(path: Path) -> bytes:
     except OSError as error:
         raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}") from error
     if not definition:
-        raise UserError(f"tokenizer file {path} is empty: copy it again")
+        raise UserError(f"tokenizer file {path} is empty; copy it again")
     return definition

@@ -30,7 +30,7 @@ def train_tokenizer(
     Raises UserError when `vocab_size` is too large or too small for the texts, or there is no text.
     """
     if kind not in KINDS:
-        raise UserError(f"tokenizer kind {kind} is unknown: use one of {', '.join(KINDS)}")
+        raise UserError(f"tokenizer kind {kind} is unknown; use one of {', '.join(KINDS)}")
     if kind == "hf-bpe" and str(output).endswith(".model"):
         raise UserError(f"{output}: hf-bpe makes a folder with a tokenizer.json, not a .model file")
     tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
