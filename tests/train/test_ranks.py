@@ -246,10 +246,8 @@ def test_one_rank_alone_tells_its_own_errors(monkeypatch: pytest.MonkeyPatch) ->
 def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_cores() * 2))
-        share_cores(Launch(0, 2, 0))
+        share_cores(Launch(0, 2, 0, local_world_size=num_cores() * 2))
         assert torch.get_num_threads() == 1
-        monkeypatch.delenv("LOCAL_WORLD_SIZE")
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         share_cores(Launch())
         assert torch.get_num_threads() == num_cores()
