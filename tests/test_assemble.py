@@ -327,8 +327,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 MISTAKES = [
-    ("stitch --expert code=CODE --out OUT", 2, "needs bts.hub DIR"),
-    ("stitch --hub SEED --out OUT", 2, "at least one bts.experts.NAME DIR"),
+    ("stitch --expert code=CODE --out OUT", 2, "give --hub DIR and at least one --expert"),
+    ("stitch --hub SEED --out OUT", 2, "give --hub DIR and at least one --expert"),
     ("stitch --hub SEED --expert CODE --out OUT", 2, "is not of the form NAME=DIR"),
     ("stitch --hub SEED --expert a=CODE --expert a=SEED --out OUT", 2, "an expert is named twice"),
     ("stitch --hub SEED --expert a=CODE --num-stitch-layers 9 --out OUT", 2, "num_stitch_layers 9 is more than"),

@@ -10,13 +10,13 @@ Writes OUT/{code,math,prose}/{train,valid}.jsonl.gz, lines {"text": ..., "source
 import argparse
 from pathlib import Path
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python tools/build_corpora.py --out corpora --math-megabytes 6",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; existing corpora in it are replaced")

@@ -7,17 +7,17 @@ read. Windows follow one another and do not overlap, so every token is predicted
 holds here too.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, UserError, run_tool
 
 
 def main() -> None:
     """Load the model and the windows, call domain_losses, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint, run or Hugging Face folder")
     parser.add_argument("--data", nargs="+", default=[], metavar="[DOMAIN=]PREFIX", help="indexed datasets")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a window (default: the run's)")

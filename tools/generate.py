@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, UserError, run_tool
 
 if TYPE_CHECKING:
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python tools/generate.py --checkpoint runs/stitch --prompt 'def add(a, b):' --gates",
     )
     add = parser.add_argument

@@ -3,13 +3,12 @@
 python tools/inspect_dataset.py data/corpus_text_document --tokenizer tokenizer.model --documents 3 --verify
 """
 
-import argparse
-
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import run_tool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("prefix", help="the dataset: PREFIX of PREFIX.bin and PREFIX.idx")
     parser.add_argument("--documents", type=int, default=0, metavar="N", help="show the first N documents")
     parser.add_argument(

@@ -3,15 +3,15 @@
 python tools/merge.py soup --member runs/seed --member runs/code --member 0.5=runs/math --out runs/soup
 """
 
-import argparse
 from pathlib import Path
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
 
 
 def main() -> None:
     """Parse, call megabts.assemble.soup."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("method", choices=("soup",))
     parser.add_argument(
         "--member", action="append", required=True, metavar="[WEIGHT=]DIR", help="a dense model (several); weight 1"

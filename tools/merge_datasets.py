@@ -3,13 +3,12 @@
 python tools/merge_datasets.py --input parts/ --output-prefix data/all
 """
 
-import argparse
-
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import run_tool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--input", required=True, help="folder with the datasets (.bin and .idx)")
     parser.add_argument(
         "--output-prefix", required=True, help="writes PREFIX.bin, .idx and, if all parts have one, .json"

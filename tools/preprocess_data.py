@@ -13,6 +13,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ class Refuse(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ToolParser(description=__doc__)
     data = parser.add_argument_group("input and output")
     data.add_argument(
         "--input", nargs="+", required=True, help="JSON lines: files (.gz too), folders, patterns, or - for stdin"

@@ -9,14 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
 
 
 def main() -> int:
     """Run the stages, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="quickstart.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(prog="quickstart.sh", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/quickstart[-DATA][-seedN]")
     parser.add_argument("--data", type=Path, metavar="DIR", help="corpora: DIR/DOMAIN/{train,valid}.jsonl[.gz]")
     parser.add_argument(
@@ -24,9 +23,14 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and generated text (default: 0)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="smaller for little text (default: 4096)")
+    parser.add_argument("--parse-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.minutes <= 0 or args.seed < 0:
-        raise UsageError("--minutes must be above 0 and --seed at least 0")
+    if args.minutes <= 0:
+        raise UsageError(f"--minutes is {args.minutes:g}; it must be above 0")
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}; it must be at least 0")
+    if args.parse_only:
+        return 0
 
     from rich.console import Console
 

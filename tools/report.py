@@ -1,14 +1,14 @@
 """Write results.json and report.html of a finished quickstart: `python tools/report.py --run DIR`."""
 
-import argparse
 from pathlib import Path
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import run_tool
 
 
 def main() -> None:
     """Gather the run's files, record the gates, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="the quickstart's --out folder")
     args = parser.parse_args()
 

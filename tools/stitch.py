@@ -8,15 +8,15 @@ Members are megabts checkpoints or Hugging Face Llama folders; they stay where t
 `python tools/train.py --checkpoint.init_from OUT ...`; what `remove` makes runs at once.
 """
 
-import argparse
 from pathlib import Path
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
 
 
 def main() -> None:
     """Parse, call one function of megabts.assemble, print the parameter counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("action", nargs="?", choices=("new", "add", "remove"), default="new")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument(
@@ -42,6 +42,8 @@ def main() -> None:
 
     if args.action != "new" and not (args.checkpoint and len(args.expert) == 1):
         raise UsageError(f"{args.action} needs --checkpoint DIR and one --expert")
+    if args.action == "new" and not (args.hub and args.expert):
+        raise UsageError("give --hub DIR and at least one --expert NAME=DIR")
     if args.action == "remove":
         config = assemble.remove(args.checkpoint, args.expert[0], args.out)
     elif args.action == "add":

@@ -4,16 +4,16 @@
         --vocab-size 32000 --type sentencepiece-bpe --output tokenizer/
 """
 
-import argparse
 import itertools
 
+from megabts.config.tool_parser import ToolParser
 from megabts.errors import run_tool
 
 REPORT_BYTES = 1_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, help="JSON lines or .txt: files (.gz too), folders, patterns"
     )

@@ -57,9 +57,10 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, name: str, num_t
     import sentencepiece
 
     model = io.BytesIO()
+    refused: list[UserError] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chunks(texts),
+            sentence_iterator=_chunks(_noting(texts, refused)),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -74,8 +75,19 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, name: str, num_t
             minloglevel=2,
         )
     except RuntimeError as error:
+        if refused:
+            raise refused[0] from None
         raise UserError(_explain(str(error), vocab_size)) from error
     return SentencePieceTokenizer(model.getvalue(), name)
+
+
+def _noting(texts: Iterable[str], refused: list[UserError]) -> Iterator[str]:
+    """The texts; an error met while reading them is noted, for SentencePiece gives it back as its own."""
+    try:
+        yield from texts
+    except UserError as error:
+        refused.append(error)
+        raise
 
 
 def _explain(message: str, vocab_size: int) -> str:

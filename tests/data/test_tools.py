@@ -98,7 +98,7 @@ def test_standard_input_and_bad_lines(tmp_path: Path) -> None:
         (["--tokenizer-type", "TikTokenizer"], "TikTokenizer is not supported"),
         ([], "give either --tokenizer or --tokenizer-type"),
         (["--tokenizer", "bytes", "--workers", "0"], "--workers 0: at least 1"),
-        (["--tokenizer", "bytes", "--nonsense"], "unrecognized arguments"),
+        (["--tokenizer", "bytes", "--nonsense"], "unknown flag --nonsense"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(flags: list[str], message: str, tmp_path: Path) -> None:
@@ -232,3 +232,21 @@ def test_samples_are_even_and_within_the_budget(tmp_path: Path) -> None:
         list(sample_texts([str(tmp_path / "bad.jsonl")]))
     with pytest.raises(UserError, match="standard input"):
         list(sample_texts(["-"]))
+
+
+def test_a_bad_line_is_not_blamed_on_the_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "one two"}\n[]\n')
+    shown = call(
+        "train_tokenizer.py", "--input", str(tmp_path / "bad.jsonl"), "--vocab-size", "300",
+        "--output", str(tmp_path / "tok"), code=1,
+    )  # fmt: skip
+    assert shown.stderr.startswith("error: ")
+    assert "bad.jsonl:2: " in shown.stderr
+    assert "vocab-size" not in shown.stderr
+    assert shown.stderr.count("\n") == 1
+
+
+def test_a_misspelt_flag_gets_one_line_with_the_nearest(tmp_path: Path) -> None:
+    shown = call("preprocess_data.py", "--tokeniser", "bytes", "--input", "x", "--output-prefix", "y", code=2)
+    assert shown.stderr == "error: unknown flag --tokeniser; did you mean --tokenizer?\n"
+    assert "unknown flag --doc" in call("inspect_dataset.py", "prefix", "--doc", "3", code=2).stderr  # no abbreviations
