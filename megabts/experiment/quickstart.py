@@ -1,7 +1,7 @@
 """The whole of BTS as a list of stages, each one command of `tools/` with its own log.
 
 Independent runs share the machine with one thread each: small models gain little from more, and experts need no
-communication. Only the seed, on which all else waits, has all threads.
+communication. The seed, on which all else waits, and the stitches, for which all else is done, have all threads.
 """
 
 import json
@@ -181,7 +181,7 @@ class Quickstart:
     def _stitch(self, needs: tuple[str, ...]) -> Stage:
         experts = {domain: str(self.run_dir(f"expert-{domain}")) for domain in self.mixtures.experts}
         members = ("--bts.hub", str(self.run_dir("seed")), "--bts.experts", json.dumps(experts))
-        return self._train("bts", "stitch", self.mixtures.stitch, needs, *members)
+        return self._train("bts", "stitch", self.mixtures.stitch, needs, *members, exclusive=True)
 
     def _soup(self, needs: tuple[str, ...]) -> Stage:
         members = [self.run_dir(name) for name in ("seed", *needs)]
