@@ -32,7 +32,7 @@ class Mixtures:
 
     @property
     def stitch(self) -> dict[str, float]:
-        """The mixture of the stitches, and of the dense model trained on the same data."""
+        """The mixture of the stitches, and of the dense runs."""
         return self._mixture(0.55)
 
     def expert(self, domain: str) -> dict[str, float]:
