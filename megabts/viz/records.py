@@ -60,7 +60,7 @@ class Curve(Record):
 
 @dataclass
 class SweepPoint(Record):
-    """One learning rate tried for the dense model: the seed trained on with the stitches' data, with its validation losses."""
+    """One learning rate tried for the dense model (the seed, trained on with the stitches' data), with its losses."""
 
     learning_rate: float
     losses: dict[str, float]
