@@ -98,10 +98,9 @@ def adopt_sizes(config: RunConfig, explicit: set[str], start: StoredModel | None
     if config.checkpoint.init_from:
         if "method" in explicit and found.method != config.method:
             raise UsageError(f"method is {config.method}, but {folder} holds a model of method {found.method}")
-        if found.method == "bts" and explicit & {"bts.hub", "bts.experts"}:
-            raise UsageError(
-                f"bts.hub and bts.experts are those of {folder}; leave them out, or use tools/stitch.py add"
-            )
+        unknown = set(config.bts.experts) - set(found.bts.experts) if "bts.experts" in explicit else set()
+        if found.method == "bts" and unknown:
+            raise UsageError(f"{folder} has no expert {min(unknown)}; add it with tools/stitch.py add, or leave it out")
         bts = _adopt(config.bts, found.bts, "bts", BTS_FREE, explicit, folder)
         bts.check_trainable()
         config = replace(config, method=found.method, bts=bts)

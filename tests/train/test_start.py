@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megabts import assemble
 from megabts.build import load_model
 from megabts.config.load import explicit_keys, load_config
+from megabts.config.methods import BTSConfig
 from megabts.config.run import ParallelConfig, RunConfig
 from megabts.errors import UsageError, UserError
 from megabts.parallel.mesh import ParallelMesh
@@ -180,3 +182,17 @@ def test_in_the_shell_an_error_is_one_line(
     done = shell("train.py", [*arguments(tmp_path / "run", blend), *extra])
     assert (done.returncode, done.stderr) == (code, message + "\n")
     assert error_lines(done.stderr) == [message]
+
+
+def test_a_start_refuses_experts_it_does_not_have(data: Path, tmp_path: Path) -> None:
+    """Members of a stitched start are its own: naming them again is fine, another one would be ignored in silence."""
+    ids = {str(data / "ids"): 1.0}
+    experts = {name: str(MEMBERS / name) for name in ("code", "math")}
+    assemble.stitch(BTSConfig(str(MEMBERS / "hub"), experts), tmp_path / "bts")
+    base = {**NO_SIZES, "data.tokenizer": "null:97", "checkpoint.init_from": tmp_path / "bts"}
+    again = adopted(arguments("", ids, base, bts__experts=json.dumps(experts)))
+    assert list(again.bts.experts) == ["code", "math"]
+    with pytest.raises(UsageError, match=r"has no expert words; add it with tools/stitch\.py add"):
+        adopted(arguments("", ids, base, bts__experts=json.dumps({**experts, "words": str(MEMBERS / "words")})))
+    with pytest.raises(UsageError, match=r"bts\.trainable names"):
+        adopted(arguments("", ids, base, bts__trainable='["typo"]'))
