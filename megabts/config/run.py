@@ -23,17 +23,45 @@ class ParallelConfig:
 
     tensor: int = 1
     """Tensor-parallel ranks."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residual stream are split over the sequence among the tensor-parallel ranks."""
     pipeline: int = 1
-    """Pipeline stages."""
+    """Pipeline ranks."""
+    schedule: Literal["none", "1f1b", "interleaved"] = "1f1b"
+    """Order of work in a pipeline: none (one micro-batch after the other), 1f1b, or interleaved 1f1b over `chunks`."""
+    chunks: int = 1
+    """Stages that each pipeline rank holds with schedule=interleaved: rank r has stages r, r + pipeline, ..."""
+    cuts: list[int] = field(default_factory=list)
+    """Layers before each boundary between stages, pipeline * chunks - 1 ascending numbers; empty: balanced by cost."""
     expert: int = 1
     """Expert-parallel ranks: members side by side."""
+    exchange: Literal["auto", "gather", "reduce"] = "auto"
+    """How Experts-into-Hub layers meet over expert ranks: the hub gathers every expert's state, or sums are reduced
+    to it, whose bytes do not grow with the number of experts. auto: gather up to 3 experts."""
+    bucket_mb: int = 100
+    """Size of a gradient bucket, MB of fp32: its reduction starts as soon as backward has filled it."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Communication library; auto is nccl on GPUs and gloo on CPU."""
     timeout: int = 300
     """Seconds after which a collective that some rank never joins ends the run."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "parallel", "tensor", "pipeline", "expert", "timeout")
+        _at_least(1, self, "parallel", "tensor", "pipeline", "chunks", "expert", "bucket_mb", "timeout")
+        if self.chunks > 1 and (self.schedule != "interleaved" or self.pipeline == 1):
+            raise UsageError(
+                f"parallel.chunks is {self.chunks}, but only schedule interleaved over several pipeline ranks has chunks; "
+                "set parallel.schedule interleaved and parallel.pipeline, or leave it at 1"
+            )
+        if self.cuts and (len(self.cuts) != self.num_stages - 1 or sorted(self.cuts) != self.cuts):
+            raise UsageError(
+                f"parallel.cuts is {self.cuts}; {self.num_stages} stages (pipeline {self.pipeline} x chunks "
+                f"{self.chunks}) need {self.num_stages - 1} ascending numbers"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pipeline * self.chunks
 
 
 @dataclass
@@ -142,6 +170,8 @@ class CheckpointConfig:
     """Continue this very run from the newest checkpoint in dir; starts anew when dir has none."""
     force_resume: bool = False
     """Resume although settings that change the data or the schedule differ from the checkpoint's."""
+    asynchronous: bool = True
+    """Write checkpoints beside the training: it waits only while tensors are copied to main memory."""
     init_from: str = ""
     """Start a new run from another checkpoint's or Hugging Face folder's weights; step, optimizer, data begin at 0."""
 
@@ -156,6 +186,14 @@ class PrecisionConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps fp32 masters in the optimizer. auto: bfloat16 where the hardware
     multiplies it natively."""
+    layers: Literal["torch", "te"] = "torch"
+    """Layer library: plain PyTorch, or NVIDIA's Transformer Engine (GPU)."""
+    fp8: Literal["none", "current", "delayed", "block"] = "none"
+    """FP8 matrix products in the linears, by how they are scaled; needs layers=te."""
+
+    def __post_init__(self) -> None:
+        if self.fp8 != "none" and self.layers != "te":
+            raise UsageError(f"precision.fp8 {self.fp8} needs Transformer Engine; set precision.layers te")
 
 
 @dataclass

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -63,6 +64,7 @@ class _Crew:
     def _start(self, worker: int) -> None:
         parent_end, child_end = self._context.Pipe()
         process = self._context.Process(target=_work, args=(child_end, self._function), daemon=True)
+        resource_tracker.ensure_running()  # started by the first process otherwise, and it lifts the block below
         # Ctrl-C reaches the whole process group, and the parent alone shall answer it: the child inherits the block.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -32,6 +32,8 @@ class Axis:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    ranks: tuple[int, ...] = (0,)
+    """World ranks of the axis's places, in order."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,8 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMe
     axes = {}
     for dim, name in enumerate(AXES):
         lines = grid.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
-        axes[name] = Axis(name)
         for line in lines:
             group = dist.new_group(line, timeout=timeout) if sizes[dim] > 1 else None
             if rank in line:
-                axes[name] = Axis(name, sizes[dim], line.index(rank), group)
+                axes[name] = Axis(name, sizes[dim], line.index(rank), group, tuple(line))
     return ParallelMesh(**axes)

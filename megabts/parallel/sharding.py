@@ -36,6 +36,9 @@ class ParamMeta:
     parts: tuple[int, ...] = ()
     """Units in each separately split part along `dim`; () is one part."""
     unit: int = 1
+    summed: bool = False
+    """Every rank of `axis` computes a part of the gradient, and the parts add up. So it is, without this mark, with
+    rows that several ranks hold because a part has fewer units than there are ranks."""
 
     def slices(self, axis: Axis) -> list[tuple[int, int]]:
         """Ranges [start, end) along `dim` that `axis.rank` holds, in order.
@@ -63,6 +66,30 @@ class ParamMeta:
             return self.shape
         length = sum(b - a for a, b in self.slices(axis))
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+    def replicated(self, axis: Axis) -> list[tuple[int, int]]:
+        """Ranges of this rank's rows (along `dim`, or the first) that other ranks of `axis` hold too."""
+        return self._shared_rows(axis, first_holder_too=True)
+
+    def duplicates(self, axis: Axis) -> list[tuple[int, int]]:
+        """Ranges of this rank's rows that a lower rank of `axis` holds already."""
+        return self._shared_rows(axis, first_holder_too=False)
+
+    def _shared_rows(self, axis: Axis, *, first_holder_too: bool) -> list[tuple[int, int]]:
+        if axis.size == 1:
+            return []
+        if self.dim is None:
+            return [(0, self.shape[0])] if first_holder_too or axis.rank > 0 else []
+        ranges, start = [], 0
+        for count in self.parts or (self.shape[self.dim] // self.unit,):
+            first, last = _share(count, axis)
+            rows = (last - first) * self.unit
+            holders = axis.size // count if count < axis.size else 1
+            if holders > 1 and (first_holder_too or axis.rank % holders):
+                assert self.dim == 0, "columns are never held twice"
+                ranges.append((start, start + rows))
+            start += rows
+        return ranges
 
     def initial(self, name: str, seed: int) -> Tensor:
         """The full tensor at the start, in float32: the same for every topology."""

@@ -110,6 +110,9 @@ class VocabMeta(ParamMeta):
         """The one block of rows that `axis.rank` holds."""
         return [vocab_range(self.shape[0], axis)]
 
+    def _shared_rows(self, axis: Axis, *, first_holder_too: bool) -> list[tuple[int, int]]:
+        return []
+
 
 def vocab_range(vocab_size: int, tp: Axis) -> tuple[int, int]:
     """Rows [first, last) of the vocabulary on this rank."""

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from megabts.config.run import ParallelConfig
 from megabts.errors import UsageError
-from megabts.parallel.collectives import all_gather, all_reduce, broadcast_object, copy, reduce
+from megabts.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    broadcast_object,
+    copy,
+    exchange,
+    gather,
+    gather_sum,
+    reduce,
+    reduce_scatter,
+    split,
+)
 from megabts.parallel.mesh import AXES, Axis, ParallelMesh, build_mesh, degrees
 from tests.ranks import RankError, run_ranks
 
@@ -137,3 +148,73 @@ def test_one_rank_needs_no_communication() -> None:
     axis, x = Axis("tp"), torch.ones(2)
     assert all(y is x for y in (all_reduce(x, axis), all_gather(x, axis, 0, [2]), copy(x, axis), reduce(x, axis)))
     assert broadcast_object("x") == "x"
+
+
+def slices_work(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """(result, gradient) of every pair on 2 ranks; each rank weighs what it got by its own numbers."""
+    axis = build_mesh(ParallelConfig(tensor=2), 2, rank).tp
+    found = {}
+    for name, (function, dims) in SLICED.items():
+        x = numbers(rank, (4, 3, 6)).requires_grad_()
+        out = function(x, axis, *dims)
+        weights = numbers(10 if name in ALIKE else 10 + rank, tuple(out.shape))
+        (out * weights).sum().backward()
+        assert x.grad is not None
+        found[name] = (out.detach(), x.grad)
+    return found
+
+
+SLICED: dict[str, Any] = {
+    "gather_sum": (gather_sum, (0,)),
+    "gather_sum-last": (gather_sum, (-1,)),
+    "reduce_scatter": (reduce_scatter, (0,)),
+    "gather": (gather, (-1,)),
+    "exchange": (exchange, (-1, 0)),
+    "exchange-back": (exchange, (0, -1)),
+}
+ALIKE = {"gather"}
+
+
+def numbers(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sliced_reference(name: str) -> list[tuple[Tensor, Tensor]]:
+    """The same on one rank: both inputs, both outputs, and the sum of what both ranks make of them."""
+    inputs = [numbers(rank, (4, 3, 6)).requires_grad_() for rank in range(2)]
+    dims = SLICED[name][1]
+    if name.startswith("gather"):
+        outputs = [torch.cat(inputs, dims[0])] * (1 if name in ALIKE else 2)
+    elif name.startswith("reduce"):
+        outputs = list((inputs[0] + inputs[1]).chunk(2, dims[0]))
+    else:
+        parts = [x.chunk(2, dims[0]) for x in inputs]
+        outputs = [torch.cat([mine[rank] for mine in parts], dims[1]) for rank in range(2)]
+    weights = [numbers(10 + rank, tuple(out.shape)) for rank, out in enumerate(outputs)]
+    grads = torch.autograd.grad([(out * w).sum() for out, w in zip(outputs, weights, strict=True)], inputs)
+    if len(outputs) == 1:
+        outputs = outputs * 2
+    return [(out.detach(), grad) for out, grad in zip(outputs, grads, strict=True)]
+
+
+def test_slices_and_their_duals_equal_one_rank() -> None:
+    ranks = run_ranks(2, slices_work)
+    for name in SLICED:
+        for rank, (out, grad) in enumerate(sliced_reference(name)):
+            torch.testing.assert_close(ranks[rank][name][0], out, msg=name)
+            torch.testing.assert_close(ranks[rank][name][1], grad, msg=name)
+
+
+def split_work(rank: int) -> tuple[Tensor, Tensor]:
+    axis = build_mesh(ParallelConfig(tensor=2), 2, rank).tp
+    x = numbers(3, (4, 3, 6)).requires_grad_()  # the same on both
+    (split(x, axis, -1) * numbers(rank, (4, 3, 3))).sum().backward()
+    assert x.grad is not None
+    return split(x, axis, -1).detach(), x.grad
+
+
+def test_split_gives_every_rank_the_whole_gradient() -> None:
+    whole = torch.cat([numbers(rank, (4, 3, 3)) for rank in range(2)], -1)
+    for rank, (part, grad) in enumerate(run_ranks(2, split_work)):
+        assert part.equal(numbers(3, (4, 3, 6)).chunk(2, -1)[rank])
+        assert grad.equal(whole)

@@ -142,3 +142,21 @@ def test_initialise_reads_the_axis_of_the_parameter() -> None:
     module.weight = nn.Parameter(torch.empty(2, 3))
     initialise(named_metas(module), 0, mesh)
     assert torch.equal(module.weight, meta.initial("weight", 0)[2:])
+
+
+def test_shared_rows_are_those_that_several_ranks_hold() -> None:
+    for meta in (ParamMeta((16, 2), dim=0, parts=(4, 2, 2), unit=2), ParamMeta((12,), dim=0, parts=(8, 1, 1, 2))):
+        for size in (1, 2, 4):
+            held = rows(meta, size)
+            for rank, mine in enumerate(held):
+                others = {row for other in held[:rank] + held[rank + 1 :] for row in other}
+                lower = {row for other in held[:rank] for row in other}
+                for ranges, expected in ((meta.replicated, others), (meta.duplicates, lower)):
+                    found = [row for a, b in ranges(axis(size, rank)) for row in mine[a:b]]
+                    assert found == [row for row in mine if row in expected]
+
+
+def test_a_parameter_that_is_not_split_is_shared_whole() -> None:
+    meta = ParamMeta((6, 3))
+    assert meta.replicated(axis(1, 0)) == meta.duplicates(axis(1, 0)) == meta.duplicates(axis(2, 0)) == []
+    assert meta.replicated(axis(2, 0)) == meta.duplicates(axis(2, 1)) == [(0, 6)]
