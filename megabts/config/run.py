@@ -49,8 +49,8 @@ class ParallelConfig:
         _at_least(1, self, "parallel", "tensor", "pipeline", "chunks", "expert", "bucket_mb", "timeout")
         if self.chunks > 1 and (self.schedule != "interleaved" or self.pipeline == 1):
             raise UsageError(
-                f"parallel.chunks is {self.chunks}, which needs parallel.schedule interleaved and parallel.pipeline above "
-                "1; set them, or leave it at 1"
+                f"parallel.chunks is {self.chunks}, which needs parallel.schedule interleaved and parallel.pipeline "
+                "above 1; set them, or leave it at 1"
             )
         if self.cuts and (len(self.cuts) != self.num_stages - 1 or sorted(self.cuts) != self.cuts):
             raise UsageError(

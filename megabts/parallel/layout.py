@@ -1,0 +1,94 @@
+"""Whether a run fits a number of ranks: every degree against every size, before any memory is taken.
+
+Each refusal is one line with the arithmetic. What cannot go wrong here (a degree below 1) the configuration refuses.
+"""
+
+from megabts.config.run import RunConfig
+from megabts.errors import UsageError
+from megabts.parallel.mesh import degrees
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Raise UsageError when the run's sizes do not divide as its parallel degrees ask on `world_size` ranks."""
+    _, dp, _, _ = degrees(config.parallel, world_size)
+    _check_tensor(config)
+    _check_expert(config)
+    _check_batch(config, dp)
+    _check_pipeline(config, dp)
+
+
+def num_microbatches(config: RunConfig, dp: int) -> int:
+    """Micro-batches that each rank runs in a step."""
+    return config.train.global_batch // (config.train.micro_batch * dp)
+
+
+def _check_tensor(config: RunConfig) -> None:
+    tp, model = config.parallel.tensor, config.model
+    if tp == 1:
+        return
+    for name in ("num_heads", "ffn_size", "hidden_size"):
+        size = getattr(model, name)
+        if size % tp:
+            raise UsageError(f"model.{name} {size} does not divide among parallel.tensor {tp} ranks; {_divisors(size)}")
+    kv_heads = model.num_kv_heads
+    if kv_heads % tp and tp % kv_heads:
+        raise UsageError(
+            f"parallel.tensor {tp} neither divides model.num_kv_heads {kv_heads} nor is a multiple of it; "
+            f"{_divisors(kv_heads)}, or a multiple of {kv_heads}"
+        )
+    block = -(-model.vocab_size // tp)
+    if block * (tp - 1) >= model.vocab_size:
+        raise UsageError(
+            f"model.vocab_size {model.vocab_size} in blocks of {block} is used up before the last of parallel.tensor "
+            f"{tp} ranks; take fewer"
+        )
+    if config.parallel.sequence and config.data.seq_length % tp:
+        raise UsageError(
+            f"data.seq_length {config.data.seq_length} does not divide among parallel.tensor {tp} ranks, as "
+            "parallel.sequence needs; change it or set parallel.sequence false"
+        )
+
+
+def _divisors(size: int) -> str:
+    fitting = [number for number in range(2, min(size, 64) + 1) if size % number == 0]
+    return f"parallel.tensor may be {', '.join(map(str, [1, *fitting]))}"
+
+
+def _check_expert(config: RunConfig) -> None:
+    ep = config.parallel.expert
+    if ep == 1:
+        return
+    if config.method == "dense":
+        raise UsageError(f"parallel.expert is {ep}, but a dense model has no experts; leave it at 1")
+    members = config.bts.members
+    if ep > len(members):
+        raise UsageError(
+            f"parallel.expert {ep} is more than the {len(members)} members ({', '.join(members)}); take fewer"
+        )
+
+
+def _check_batch(config: RunConfig, dp: int) -> None:
+    micro, whole = config.train.micro_batch, config.train.global_batch
+    if whole % (micro * dp):
+        raise UsageError(
+            f"train.global_batch {whole} is not a multiple of train.micro_batch {micro} x {dp} data-parallel ranks = "
+            f"{micro * dp}"
+        )
+
+
+def _check_pipeline(config: RunConfig, dp: int) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    if parallel.cuts and parallel.cuts[-1] > layers:
+        raise UsageError(f"parallel.cuts {parallel.cuts} cuts after layer {parallel.cuts[-1]}, the model has {layers}")
+    if parallel.num_stages > layers + 2:
+        raise UsageError(
+            f"parallel.pipeline {parallel.pipeline} x parallel.chunks {parallel.chunks} = {parallel.num_stages} stages "
+            f"are more than {layers} layers, the embedding and the head"
+        )
+    count = num_microbatches(config, dp)
+    if parallel.chunks > 1 and count % parallel.pipeline:
+        raise UsageError(
+            f"schedule interleaved needs micro-batches in multiples of parallel.pipeline {parallel.pipeline}; "
+            f"train.global_batch {config.train.global_batch} / train.micro_batch {config.train.micro_batch} / {dp} "
+            f"data-parallel ranks = {count}"
+        )

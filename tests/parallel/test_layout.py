@@ -1,0 +1,94 @@
+"""Runs that do not fit their ranks are refused with the arithmetic, and those that fit are not."""
+
+from typing import Any
+
+import pytest
+
+from megabts.config.methods import BTSConfig
+from megabts.config.model import ModelConfig
+from megabts.config.run import DataConfig, ParallelConfig, RunConfig, TrainConfig
+from megabts.errors import UsageError
+from megabts.parallel.layout import check_layout, num_microbatches
+
+SIZES: dict[str, Any] = {"hidden_size": 48, "num_layers": 4, "num_heads": 12, "num_kv_heads": 3, "ffn_size": 96}
+
+
+def run(
+    parallel: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    batch: tuple[int, int] = (8, 1),
+    experts: int = 0,
+    seq: int = 64,
+) -> RunConfig:
+    bts = BTSConfig("hub", {f"e{i}": f"e{i}" for i in range(experts)})
+    return RunConfig(
+        method="bts" if experts else "dense",
+        model=ModelConfig(**{**SIZES, "vocab_size": 100, **(model or {})}),
+        bts=bts,
+        parallel=ParallelConfig(**parallel),
+        data=DataConfig(seq_length=seq),
+        train=TrainConfig(global_batch=batch[0], micro_batch=batch[1]),
+    )
+
+
+@pytest.mark.parametrize(
+    "config, world",
+    [
+        (run({"tensor": 3, "sequence": True}, seq=63), 3),
+        (run({"tensor": 6}), 6),
+        (run({"tensor": 12, "pipeline": 2}, {"vocab_size": 101}), 48),
+        (run({"pipeline": 2, "chunks": 2, "schedule": "interleaved"}, batch=(8, 2)), 2),
+        (run({"pipeline": 6, "cuts": [0, 1, 2, 3, 4]}), 6),
+        (run({"expert": 3, "tensor": 2}, {"num_kv_heads": 4}, experts=3), 12),
+    ],
+)
+def test_what_fits_is_let_through(config: RunConfig, world: int) -> None:
+    check_layout(config, world)
+
+
+@pytest.mark.parametrize(
+    "config, world, message",
+    [
+        (run({"tensor": 2}), 3, "parallel.tensor 2 = 2 does not divide the 3 ranks"),
+        (
+            run({"tensor": 8}),
+            8,
+            r"model.num_heads 12 does not divide among parallel.tensor 8 ranks; .*1, 2, 3, 4, 6, 12",
+        ),
+        (run({"tensor": 2}), 2, r"tensor 2 neither divides model.num_kv_heads 3 nor is a multiple"),
+        (run({"tensor": 3}, {"ffn_size": 100}), 3, "model.ffn_size 100 does not divide"),
+        (run({"tensor": 6}, {"vocab_size": 5}), 6, "model.vocab_size 5 in blocks of 1 is used up"),
+        (run({"tensor": 3, "sequence": True}), 3, "data.seq_length 64 does not divide among parallel.tensor 3"),
+        (run({"expert": 2}), 2, "parallel.expert is 2, but a dense model has no experts"),
+        (run({"expert": 4}, experts=2), 4, r"parallel.expert 4 is more than the 3 members \(hub, e0, e1\)"),
+        (run({}, batch=(8, 3)), 2, "train.global_batch 8 is not a multiple of train.micro_batch 3 x 2 .* = 6"),
+        (run({"pipeline": 2, "cuts": [5]}), 2, r"parallel.cuts \[5\] cuts after layer 5, the model has 4"),
+        (run({"pipeline": 7}), 7, r"pipeline 7 x parallel.chunks 1 = 7 stages are more than 4 layers"),
+        (
+            run({"pipeline": 2, "chunks": 2, "schedule": "interleaved"}, batch=(3, 1)),
+            2,
+            "multiples of parallel.pipeline 2; train.global_batch 3 / train.micro_batch 1 / 1 .* = 3",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_arithmetic(config: RunConfig, world: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        check_layout(config, world)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"chunks": 2}, "chunks is 2, which needs parallel.schedule interleaved"),
+        ({"pipeline": 3, "cuts": [1]}, r"cuts is \[1\]; 3 stages .* need 2 ascending"),
+        ({"pipeline": 3, "cuts": [2, 1]}, "ascending"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ParallelConfig(**settings)
+
+
+def test_micro_batches_are_counted_per_rank() -> None:
+    assert num_microbatches(run({}, batch=(24, 2)), 3) == 4
