@@ -183,9 +183,9 @@ class CheckpointConfig:
 class PrecisionConfig:
     """Number formats."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps fp32 masters in the optimizer. auto: bfloat16 where the hardware
-    multiplies it natively."""
+    multiplies it natively. float64 is for comparisons."""
     layers: Literal["torch", "te"] = "torch"
     """Layer library: plain PyTorch, or NVIDIA's Transformer Engine (GPU)."""
     fp8: Literal["none", "current", "delayed", "block"] = "none"

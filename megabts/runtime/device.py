@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -79,7 +78,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(probe and probe() for probe in probes)
 
 
-def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The working dtype that a precision setting means on this device."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
