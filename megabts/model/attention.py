@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabts.config.model import ModelConfig
-from megabts.model.backend import Backend
+from megabts.model.backend import Backend, Recompute
 from megabts.model.rope import rotate, rotation
 from megabts.parallel.sharding import ParamMeta
-
-Recompute = Literal["none", "selective", "full"]
 
 
 class LayerCache(Protocol):
@@ -55,23 +53,28 @@ def make_context(
     return Context(rotation(config, positions, dtype), mask, dropout_seeds)
 
 
-class Attention(nn.Module):
-    """softmax(q k^T / sqrt(hd)) v with one fused query-key-value projection."""
+def qkv_metas(config: ModelConfig) -> tuple[ParamMeta, ParamMeta | None]:
+    """Weight [(q + k + v heads) hd, D] and bias, if there is one, of the fused query-key-value projection."""
+    rows = sum(config.qkv_heads) * config.head_dim
+    split = {"dim": 0, "parts": config.qkv_heads, "unit": config.head_dim}
+    weight = ParamMeta((rows, config.hidden_size), "normal", config.init_std, **split)  # type: ignore[arg-type]
+    bias = ParamMeta((rows,), "constant", **split) if config.qkv_bias else None  # type: ignore[arg-type]
+    return weight, bias
 
-    def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(hd)) v; `qkv` is the projection of hidden states to heads, of `qkv_metas`."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, qkv: nn.Module, recompute: Recompute) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.local_heads = [max(1, heads // backend.tp.size) for heads in config.qkv_heads]
         self.backend = backend
         self.recompute = recompute
-        rows = sum(config.qkv_heads) * config.head_dim
-        split = {"dim": 0, "parts": config.qkv_heads, "unit": config.head_dim}
-        weight = ParamMeta((rows, config.hidden_size), "normal", config.init_std, **split)  # type: ignore[arg-type]
-        bias = ParamMeta((rows,), "constant", **split) if config.qkv_bias else None  # type: ignore[arg-type]
-        self.qkv = backend.column_linear(weight, bias)
-        if config.qk_norm:
-            self.q_norm = backend.norm(config.head_dim, config.norm_eps)
-            self.k_norm = backend.norm(config.head_dim, config.norm_eps)
+        self.qkv = qkv
+        if config.qk_norm:  # a rank sees its own heads: its weight gradient is a part
+            self.q_norm = backend.norm(config.head_dim, config.norm_eps, summed=True)
+            self.k_norm = backend.norm(config.head_dim, config.norm_eps, summed=True)
         out_std = config.init_std / (2 * config.num_layers) ** 0.5
         shape = (config.hidden_size, config.num_heads * config.head_dim)
         self.out = backend.row_linear(
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None = None) -> Tensor:
-        """[s, b, D] -> [s, b, D]."""
+        """[s or s / tp, b, D] -> the same; in between every rank has its heads at all s positions."""
         qkv = self.qkv(hidden)  # [s, b, (q + k + v heads) hd / tp]
         if self.recompute == "selective" and torch.is_grad_enabled():
             mixed = checkpoint(self._core, qkv, context, layer, cache, use_reentrant=False)

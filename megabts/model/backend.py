@@ -2,10 +2,13 @@
 
 Every linear (the stitches' too), norm, embedding, head and attention core of a model comes from a `Backend`, so that
 another library (Transformer Engine) is another implementation of this protocol with the same parameter names. A
-backend carries the dtype and device of what it makes, and the tensor-parallel axis.
+backend carries the dtype and device of what it makes, the tensor-parallel axis, and whether hidden states outside the
+tensor-parallel regions are split along the sequence over that axis (sequence parallelism, Korthikanti et al., arXiv
+2205.05198): below, s' is s / tp where they are, else s. A library that has a norm in one kernel with what reads it
+gives both from one factory, `norm_linear` or `norm_mlp`. Parameter names never depend on the backend.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,9 @@ from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
 from megabts.parallel.tensor import Vocabulary
 
+Recompute = Literal["none", "selective", "full"]
+"""What backward computes again: nothing; attention and the MLP's activation; whole layers."""
+
 
 class Backend(Protocol):
     """Makes the parts of a model, in `dtype` on `device`, split over `tp`."""
@@ -21,21 +27,47 @@ class Backend(Protocol):
     dtype: torch.dtype
     device: torch.device
     tp: Axis
+    sequence: bool
 
-    def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None) -> nn.Module:
-        """Linear [.., in] -> [.., out / tp]; parameters `weight` [out, in] and, if asked for, `bias` [out]."""
+    def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None, *, entered: bool = False) -> nn.Module:
+        """Linear [s', b, in] -> [s, b, out / tp]; parameters `weight` [out, in] and, if asked for, `bias` [out].
+
+        `entered`: its input [s, b, in] comes from `collectives.enter`, which its caller calls once for several linears.
+        """
         ...
 
     def row_linear(self, weight: ParamMeta) -> nn.Module:
-        """Linear [.., in / tp] -> [.., out], summed over tp; parameter `weight` [out, in]."""
+        """Linear [s, b, in / tp] -> [s', b, out], summed over tp; parameter `weight` [out, in]."""
         ...
 
-    def norm(self, size: int, eps: float) -> nn.Module:
-        """RMSNorm over the last dimension; parameter `weight` [size]."""
+    def norm(self, size: int, eps: float, *, summed: bool = False) -> nn.Module:
+        """RMSNorm over the last dimension; parameter `weight` [size].
+
+        `summed`: what the ranks of tp norm differs (heads, or positions), so their weight gradients add up.
+        """
+        ...
+
+    def norm_linear(
+        self, size: int, eps: float, weight: ParamMeta, bias: ParamMeta | None = None
+    ) -> tuple[nn.Module, nn.Module]:
+        """(norm, column linear) of hidden states [s', b, size], to be applied one after the other and nothing between.
+
+        Parameters as of `norm` and `column_linear`. Where one kernel does both, the first module only holds `weight`.
+        """
+        ...
+
+    def norm_mlp(
+        self, size: int, eps: float, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute
+    ) -> tuple[nn.Module, nn.Module]:
+        """(norm, down(silu(gate) * up)) of hidden states [s', b, size]: SwiGLU (Shazeer, arXiv 2002.05202).
+
+        Likewise to be applied one after the other. The second has parameters `gate_up.weight` [2 F, size], gate before
+        up, and `down.weight` [size, F]; its activation is computed again in backward where `recompute` is selective.
+        """
         ...
 
     def vocabulary(self, vocab_size: int, hidden_size: int, std: float) -> Vocabulary:
-        """Embedding or head, split by vocabulary; parameter `weight` [V, D]."""
+        """Embedding [s, b] -> [s', b, D], or head of [s', b, D], split by vocabulary; parameter `weight` [V, D]."""
         ...
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -44,8 +76,4 @@ class Backend(Protocol):
         query [s, b, heads, hd]; key, value [t, b, kv_heads, hd]; mask bool [b or 1, 1, s, t], true where attention is
         allowed (somewhere for every query). Returns [s, b, heads * hd].
         """
-        ...
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [.., gate | up] (Shazeer, arXiv 2002.05202): [.., 2F] -> [.., F]."""
         ...

@@ -1,8 +1,8 @@
 """A Llama-family decoder, and the interface that every kind of model here satisfies.
 
 Anything with `embed`, `run_layers`, `logits` and `loss` is a `Model`: trainer, evaluator, generator and pipeline are
-written against these and nothing else. What passes between them, `hidden`, is one tensor: [s, b, D] for a dense
-decoder, [members, s, b, D] for a stitched one.
+written against these and nothing else. What passes between them, `hidden`, is one tensor: [s', b, D] for a dense
+decoder, [members, s', b, D] for a stitched one. s' is s / tp under sequence parallelism, else s.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from megabts.config.model import ModelConfig
-from megabts.model.attention import Context, LayerCache, Recompute, make_context
-from megabts.model.backend import Backend
+from megabts.model.attention import Context, LayerCache, make_context
+from megabts.model.backend import Backend, Recompute
 from megabts.model.layer import Layer
+from megabts.model.part import Part
 from megabts.parallel.sharding import ParamMeta, named_metas
 
 
@@ -43,6 +44,10 @@ class Model(Protocol):
         """Sum over positions of the cross-entropy in nats; labels and mask [b, s]."""
         ...
 
+    def wire_shape(self, depth: int, s: int, b: int) -> tuple[int, ...]:
+        """Shape, on this rank, of hidden after `depth` layers, for b whole sequences of s tokens."""
+        ...
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
         """What this model's checkpoint holds: everything but members that are kept elsewhere."""
         ...
@@ -53,9 +58,11 @@ class Model(Protocol):
 
 
 class Decoder(nn.Module):
-    """Embedding, L layers, final norm and head.
+    """Embedding, L layers, final norm and head; or the `part` of them that one pipeline rank holds.
 
-    `with_head=False` leaves final norm and head away: an expert inside a BTS model never runs them.
+    Names do not depend on the part. The part with the head of tied embeddings has `embedding.weight` too, which starts
+    alike on both; the matrix's gradient is the sum of theirs. `with_head=False` leaves final norm and head away: an
+    expert inside a BTS model never runs them.
     """
 
     num_members = 1
@@ -65,40 +72,49 @@ class Decoder(nn.Module):
         config: ModelConfig,
         backend: Backend,
         *,
+        part: Part | None = None,
         recompute: Recompute = "none",
         with_head: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = backend.dtype
-        self.with_head = with_head
+        self.part = part or Part.whole(config.num_layers)
+        self.num_slices = backend.tp.size if backend.sequence else 1
+        with_head = with_head and self.part.head
         v, d = config.vocab_size, config.hidden_size
-        self.embedding = backend.vocabulary(v, d, config.init_std)
-        self.layers = nn.ModuleList(Layer(config, backend, recompute) for _ in range(config.num_layers))
+        if self.part.embedding or (with_head and config.tie_embeddings):
+            self.embedding = backend.vocabulary(v, d, config.init_std)
+        self.layers = nn.ModuleDict({str(index): Layer(config, backend, recompute) for index in self.part.layers})
         if with_head:
-            self.final_norm = backend.norm(d, config.norm_eps)
+            self.final_norm = backend.norm(d, config.norm_eps, summed=backend.sequence)
             self.head = self.embedding if config.tie_embeddings else backend.vocabulary(v, d, config.init_std)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [b, s] -> [s, b, D]."""
+        """Token ids [b, s] -> [s', b, D]."""
         hidden: Tensor = self.embedding(tokens.T)
         return hidden
 
     def run_layers(
         self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
-        """Layers [first, last) on [s, b, D]."""
+        """Layers [first, last) on [s', b, D]."""
         for index in range(first, last):
-            hidden = self.layers[index](hidden, context, index, cache[0] if cache else None)
+            hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[s, b, D] -> logits [b, s, V]."""
+        """[s', b, D] -> logits [b, s, V]."""
         return self.head.logits(self.final_norm(hidden)).transpose(0, 1)
 
     def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """[s, b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats."""
-        return self.head.loss(self.final_norm(hidden).flatten(0, 1), labels.T.flatten(), mask.T.flatten())
+        """[s', b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats."""
+        return self.head.loss(self.final_norm(hidden), labels.T, mask.T)
+
+    def wire_shape(self, depth: int, s: int, b: int) -> tuple[int, ...]:
+        """[s', b, D], after any number of layers."""
+        assert s % self.num_slices == 0, f"{s} positions do not divide among {self.num_slices} ranks"
+        return s // self.num_slices, b, self.config.hidden_size
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
         """All of them."""

@@ -5,32 +5,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabts.config.model import ModelConfig
-from megabts.model.attention import Attention, Context, LayerCache, Recompute
-from megabts.model.backend import Backend
+from megabts.model.attention import Attention, Context, LayerCache, qkv_metas
+from megabts.model.backend import Backend, Recompute
 from megabts.parallel.sharding import ParamMeta
-
-
-class MLP(nn.Module):
-    """down(silu(gate x) * up x) with gate and up in one matrix (SwiGLU, arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
-        super().__init__()
-        d, f = config.hidden_size, config.ffn_size
-        self.backend = backend
-        self.recompute = recompute
-        self.gate_up = backend.column_linear(ParamMeta((2 * f, d), "normal", config.init_std, dim=0, parts=(f, f)))
-        out_std = config.init_std / (2 * config.num_layers) ** 0.5
-        self.down = backend.row_linear(ParamMeta((d, f), "normal", out_std, dim=1))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[s, b, D] -> [s, b, D]."""
-        gate_up = self.gate_up(hidden)
-        if self.recompute == "selective" and torch.is_grad_enabled():
-            activated = checkpoint(self.backend.swiglu, gate_up, use_reentrant=False)
-        else:
-            activated = self.backend.swiglu(gate_up)
-        out: Tensor = self.down(activated)
-        return out
 
 
 class Layer(nn.Module):
@@ -38,14 +15,16 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
         super().__init__()
-        self.attention_norm = backend.norm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, backend, recompute)
-        self.mlp_norm = backend.norm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, backend, recompute)
+        d, f = config.hidden_size, config.ffn_size
+        self.attention_norm, qkv = backend.norm_linear(d, config.norm_eps, *qkv_metas(config))
+        self.attention = Attention(config, backend, qkv, recompute)
+        gate_up = ParamMeta((2 * f, d), "normal", config.init_std, dim=0, parts=(f, f))
+        down = ParamMeta((d, f), "normal", config.init_std / (2 * config.num_layers) ** 0.5, dim=1)
+        self.mlp_norm, self.mlp = backend.norm_mlp(d, config.norm_eps, gate_up, down, recompute)
         self.recompute = recompute
 
     def forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None = None) -> Tensor:
-        """[s, b, D] -> [s, b, D]."""
+        """[s or s / tp, b, D] -> the same."""
         if self.recompute == "full" and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._forward, hidden, context, layer, cache, use_reentrant=False)
             return out

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from megabts.model.backend import Backend, Recompute
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
 from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary
@@ -18,26 +20,39 @@ from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary
 class TorchBackend:
     """`Backend` in plain PyTorch."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str, tp: Axis) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, tp: Axis, sequence: bool = False) -> None:
         self.dtype = dtype
         self.device = torch.device(device)
         self.tp = tp
+        self.sequence = sequence
 
-    def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None) -> nn.Module:
+    def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None, *, entered: bool = False) -> nn.Module:
         """See `Backend`."""
-        return ColumnLinear(weight, bias, self.tp, self.dtype, self.device)
+        return ColumnLinear(weight, bias, self.tp, self.dtype, self.device, sequence=self.sequence, entered=entered)
 
     def row_linear(self, weight: ParamMeta) -> nn.Module:
         """See `Backend`."""
-        return RowLinear(weight, self.tp, self.dtype, self.device)
+        return RowLinear(weight, self.tp, self.dtype, self.device, sequence=self.sequence)
 
-    def norm(self, size: int, eps: float) -> nn.Module:
+    def norm(self, size: int, eps: float, *, summed: bool = False) -> nn.Module:
         """See `Backend`."""
-        return RMSNorm(size, eps, self.dtype, self.device)
+        return RMSNorm(size, eps, self.dtype, self.device, summed=summed)
+
+    def norm_linear(
+        self, size: int, eps: float, weight: ParamMeta, bias: ParamMeta | None = None
+    ) -> tuple[nn.Module, nn.Module]:
+        """See `Backend`."""
+        return self.norm(size, eps, summed=self.sequence), self.column_linear(weight, bias)
+
+    def norm_mlp(
+        self, size: int, eps: float, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute
+    ) -> tuple[nn.Module, nn.Module]:
+        """See `Backend`."""
+        return self.norm(size, eps, summed=self.sequence), MLP(self, gate_up, down, recompute)
 
     def vocabulary(self, vocab_size: int, hidden_size: int, std: float) -> Vocabulary:
         """See `Backend`."""
-        return Vocabulary(vocab_size, hidden_size, std, self.tp, self.dtype, self.device)
+        return Vocabulary(vocab_size, hidden_size, std, self.tp, self.dtype, self.device, sequence=self.sequence)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """See `Backend`."""
@@ -55,18 +70,42 @@ class TorchBackend:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """See `Backend`."""
-        return _SwiGLU.apply(gate_up)
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x) with gate and up in one matrix (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, backend: Backend, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.gate_up = backend.column_linear(gate_up)
+        self.down = backend.row_linear(down)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[s or s / tp, b, D] -> the same."""
+        gate_up = self.gate_up(hidden)  # [s, b, 2 F / tp]
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            activated = checkpoint(swiglu, gate_up, use_reentrant=False)
+        else:
+            activated = swiglu(gate_up)
+        out: Tensor = self.down(activated)
+        return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [.., gate | up]: [.., 2 F] -> [.., F]."""
+    out: Tensor = _SwiGLU.apply(gate_up)
+    return out
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 (Zhang and Sennrich, arXiv 1910.07467)."""
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, size: int, eps: float, dtype: torch.dtype, device: torch.device, *, summed: bool = False
+    ) -> None:
         super().__init__()
         self.eps = eps
-        self.metas = {"weight": ParamMeta((size,), "constant", 1.0)}
+        self.metas = {"weight": ParamMeta((size,), "constant", 1.0, summed=summed)}
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 The logits of all positions never exist at once, and over tensor-parallel ranks they are never gathered: each rank
 holds its part of the vocabulary, and three small all-reduces (maximum, sum of exponentials, the target's logit) make
 the softmax exact. The gradient with respect to hidden states and head is formed chunk by chunk in forward, where the
-softmax is at hand, and only scaled in backward; nothing else is kept.
+softmax is at hand, and only scaled in backward; nothing else is kept. Of hidden's gradient a rank has the part of its
+rows of the head: the caller gets hidden from `collectives.enter`, whose backward adds the parts up.
 """
 
 from typing import Any
@@ -67,8 +68,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[part]
-        if grad_hidden is not None:
-            all_reduce(grad_hidden, tp)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

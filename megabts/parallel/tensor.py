@@ -1,8 +1,13 @@
 """Linears and vocabulary matrices split over the tensor-parallel axis, for the torch backend.
 
 A column-split linear keeps rows of its weight (output features), so its output is split; a row-split linear keeps
-columns (input features), so its output is a sum over ranks. Column then row costs one all-reduce forward and one
-backward. The embedding and the head keep rows of the vocabulary, in blocks of ceil(V / tp): V need not divide.
+columns (input features), so its output is a sum over ranks. The embedding and the head keep rows of the vocabulary, in
+blocks of ceil(V / tp): V need not divide.
+
+Column, then row, is a tensor-parallel region: `enter` stands before it and `leave` after it, an all-reduce forward and
+one backward. Under sequence parallelism (`sequence`; Korthikanti et al., arXiv 2205.05198) hidden states outside the
+regions are [s / tp, b, D]: the all-reduces become all-gathers and reduce-scatters of the same bytes, and norms and
+residuals cost a tp-th. Below, s' is s / tp where `sequence`, else s.
 """
 
 from collections.abc import Iterable
@@ -13,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabts.errors import UsageError
-from megabts.parallel.collectives import all_gather, copy, reduce
+from megabts.parallel.collectives import all_gather, enter, leave
 from megabts.parallel.cross_entropy import linear_cross_entropy
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
@@ -24,7 +29,10 @@ def _parameter(meta: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.devi
 
 
 class ColumnLinear(nn.Module):
-    """y = x W^T + b with W [out, in] split by rows; input whole, output split."""
+    """y = x W^T + b with W [out, in] split by rows; input whole, output split.
+
+    `entered`: the caller has entered the region itself, for several linears that read one input.
+    """
 
     def __init__(
         self,
@@ -33,16 +41,21 @@ class ColumnLinear(nn.Module):
         tp: Axis,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        sequence: bool = False,
+        entered: bool = False,
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.sequence = sequence
+        self.entered = entered
         self.metas = {"weight": weight} | ({"bias": bias} if bias else {})
         self.weight = _parameter(weight, tp, dtype, device)
         self.bias = _parameter(bias, tp, dtype, device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., in] -> [.., out / tp]."""
-        return F.linear(copy(x, self.tp), self.weight, self.bias)
+        """[s', b, in] ([s, b, in] if entered) -> [s, b, out / tp]."""
+        return F.linear(x if self.entered else enter(x, self.tp, self.sequence), self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -51,19 +64,22 @@ class RowLinear(nn.Module):
     Raises UsageError when there are fewer columns (or heads of them) than ranks.
     """
 
-    def __init__(self, weight: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, weight: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.device, *, sequence: bool = False
+    ) -> None:
         super().__init__()
         if weight.local_shape(tp)[1] * tp.size != weight.shape[1]:
             # Ranks that hold the same columns would add the same products twice.
             units = weight.shape[1] // weight.unit
             raise UsageError(f"parallel.tensor {tp.size} is more than the {units} heads or columns there are to share")
         self.tp = tp
+        self.sequence = sequence
         self.metas = {"weight": weight}
         self.weight = _parameter(weight, tp, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., in / tp] -> [.., out]."""
-        return reduce(F.linear(x, self.weight), self.tp)
+        """[s, b, in / tp] -> [s', b, out]."""
+        return leave(F.linear(x, self.weight), self.tp, self.sequence)
 
 
 class Vocabulary(nn.Module):
@@ -73,10 +89,19 @@ class Vocabulary(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, std: float, tp: Axis, dtype: torch.dtype, device: torch.device
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        std: float,
+        tp: Axis,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        sequence: bool = False,
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.sequence = sequence
         self.sizes = [b - a for a, b in (vocab_range(vocab_size, replace(tp, rank=r)) for r in range(tp.size))]
         if 0 in self.sizes:
             raise UsageError(f"parallel.tensor {tp.size} is too much for a vocabulary of {vocab_size}: a rank has none")
@@ -86,21 +111,23 @@ class Vocabulary(nn.Module):
         self.weight = _parameter(meta, tp, dtype, device)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Rows of the token ids [..] -> [.., D]."""
+        """Rows of the token ids [s, b] -> [s', b, D]."""
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first
         outside = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(outside, 0), self.weight)
-        return reduce(rows.masked_fill(outside.unsqueeze(-1), 0), self.tp)
+        return leave(rows.masked_fill(outside.unsqueeze(-1), 0), self.tp, self.sequence)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[.., D] -> logits [.., V], gathered; outside autograd over more than one rank."""
+        """[s', b, D] -> logits [s, b, V], gathered; outside autograd over more than one rank."""
+        hidden = enter(hidden, self.tp, self.sequence)
         return all_gather(F.linear(hidden, self.weight), self.tp, -1, self.sizes)
 
     def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Sum of the cross-entropy in nats over positions; hidden [T, D], labels and mask [T]."""
-        return linear_cross_entropy(hidden, self.weight, labels, mask, self.tp, self.first)
+        """Sum of the cross-entropy in nats over positions; hidden [s', b, D], labels and mask [s, b]."""
+        hidden = enter(hidden, self.tp, self.sequence).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.weight, labels.flatten(), mask.flatten(), self.tp, self.first)
 
 
 class VocabMeta(ParamMeta):

@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabts.model.torch_backend import RMSNorm, TorchBackend, _RMSNorm
-from megabts.parallel.mesh import Axis
+from megabts.model.torch_backend import RMSNorm, _RMSNorm, swiglu
 from tests.model.models import batch, decoder, distance, gradients
 
 CPU = torch.device("cpu")
-swiglu = TorchBackend(torch.float32, "cpu", Axis("tp")).swiglu
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabts.config.run import ParallelConfig
+from megabts.parallel.collectives import copy
 from megabts.parallel.cross_entropy import _softmax_chunk, linear_cross_entropy
 from megabts.parallel.mesh import Axis, build_mesh
 from megabts.parallel.tensor import vocab_range
@@ -125,7 +126,7 @@ def split_loss(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     for chunk in (7, 1024):
         hidden, weight, labels, mask = inputs()
         rows = weight.detach()[first:last].clone().requires_grad_()
-        loss = linear_cross_entropy(hidden, rows, labels, mask, tp, first, chunk)
+        loss = linear_cross_entropy(copy(hidden, tp), rows, labels, mask, tp, first, chunk)
         loss.backward()
         assert hidden.grad is not None
         assert rows.grad is not None
