@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from megabts.config.model import ModelConfig
-from megabts.model.attention import Recompute
+from megabts.model.backend import Recompute
 from megabts.model.decoder import Decoder, sequence_loss
+from megabts.model.part import Part
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
@@ -36,12 +37,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def decoder(
-    mesh: ParallelMesh | None = None, *, dtype: torch.dtype = torch.float32, recompute: Recompute = "none", **sizes: Any
+    mesh: ParallelMesh | None = None,
+    *,
+    sequence: bool = False,
+    part: Part | None = None,
+    dtype: torch.dtype = torch.float32,
+    recompute: Recompute = "none",
+    **sizes: Any,
 ) -> Decoder:
     """A decoder of SIZES changed by `sizes`, whose every parameter, norms and biases too, is random by its name."""
     mesh = mesh or ParallelMesh()
-    backend = TorchBackend(dtype, "cpu", mesh.tp)
-    model = Decoder(ModelConfig(**{**SIZES, **sizes}), backend, recompute=recompute)
+    backend = TorchBackend(dtype, "cpu", mesh.tp, sequence)
+    model = Decoder(ModelConfig(**{**SIZES, **sizes}), backend, part=part, recompute=recompute)
     initialise(model.own_parameters(), 1, mesh)
     with torch.no_grad():
         for name, parameter, meta in model.own_parameters():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabts.model.attention import Recompute
+from megabts.model.backend import Recompute
 from megabts.model.decoder import Decoder, sequence_loss
 from tests.model.models import VARIANTS, batch, decoder, gradients
 

@@ -1,10 +1,10 @@
-"""Whole decoders split over tensor-parallel ranks against one rank: logits, loss and gradients.
+"""Whole decoders split over tensor-parallel ranks against one rank: logits, loss and every gradient.
 
-On each rank the gradients of sharded and of replicated parameters are complete, except where the ranks see different
-heads of one parameter: query and key norms, and the rows of key/value heads that several ranks hold. Those are partial:
-their sum over tp is the gradient.
+Each with hidden states whole on every rank and split along the sequence. What a parameter's record says of its gradient
+(`summed`, rows that several ranks hold) is what makes the whole gradient of the ranks' here.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,52 +14,76 @@ from torch import Tensor
 from megabts.config.run import ParallelConfig
 from megabts.errors import UsageError
 from megabts.model.attention import make_context
+from megabts.model.backend import Recompute
 from megabts.model.decoder import Decoder
+from megabts.parallel.collectives import all_gather, enter
 from megabts.parallel.mesh import Axis, ParallelMesh, build_mesh
 from megabts.parallel.sharding import ParamMeta
-from megabts.parallel.tensor import RowLinear, Vocabulary
+from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary
 from tests.model.models import VARIANTS, batch, decoder, distance, gradients
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {name: VARIANTS[name] for name in ("gqa", "mha", "mqa", "tied", "bias", "qk-norm")},
-    4: {"one-kv-head": {"num_kv_heads": 1}, "gqa": {"qkv_bias": True}, "eight": {"num_heads": 8, "num_kv_heads": 4}},
+    4: {
+        "one-kv-head": {"num_kv_heads": 1, "qk_norm": True},
+        "gqa": {"qkv_bias": True, "tie_embeddings": True},
+        "eight": {"num_heads": 8, "num_kv_heads": 4},
+    },
 }
+RECOMPUTED: tuple[Recompute, ...] = ("selective", "full")
+
+
+@dataclass
+class Ran:
+    """What one rank found of a case."""
+
+    logits: Tensor
+    loss: Tensor
+    grads: dict[str, Tensor]
+    recomputed: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    """Loss and gradients again, under every kind of recomputation."""
 
 
 def logits_of(model: Decoder, tokens: Tensor) -> Tensor:
     context = make_context(model.config, torch.arange(tokens.shape[1]), torch.float32)
     with torch.no_grad():
-        return model.logits(model.run_layers(0, model.config.num_layers, model.embed(tokens), context))
+        hidden = model.embed(tokens)
+        assert tuple(hidden.shape) == model.wire_shape(0, tokens.shape[1], len(tokens))
+        hidden = model.run_layers(0, model.config.num_layers, hidden, context)
+        assert tuple(hidden.shape) == model.wire_shape(model.config.num_layers, tokens.shape[1], len(tokens))
+        return model.logits(hidden)
 
 
-def split_decoders(rank: int, size: int) -> dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """(logits, loss, this rank's gradients) of every case; recomputation, too, must issue the same collectives."""
+def split_decoders(rank: int, size: int) -> dict[tuple[str, bool], Ran]:
+    """Every case, whole and split along the sequence; recomputation, too, must issue the same collectives."""
     mesh = build_mesh(ParallelConfig(tensor=size), size, rank)
     found = {}
     for name, sizes in CASES[size].items():
-        model = decoder(mesh, recompute="full" if name == "gqa" else "none", **sizes)
-        found[name] = (logits_of(model, batch()[0]), *gradients(model, *batch()))
+        for sequence in (False, True):
+            model = decoder(mesh, sequence=sequence, **sizes)
+            assert model.wire_shape(1, 24, 2) == (24 // size if sequence else 24, 2, 32)
+            ran = Ran(logits_of(model, batch()[0]), *gradients(model, *batch()))
+            if name in ("gqa", "qk-norm"):
+                again = [decoder(mesh, sequence=sequence, recompute=mode, **sizes) for mode in RECOMPUTED]
+                ran.recomputed = [gradients(model, *batch()) for model in again]
+            found[name, sequence] = ran
     return found
 
 
-def is_partial(name: str, tp: int, sizes: dict[str, Any]) -> bool:
-    """Whether the ranks' gradients of a parameter add up to its gradient, instead of each being complete."""
-    return "q_norm" in name or "k_norm" in name or ("qkv" in name and sizes.get("num_kv_heads", 2) < tp)
-
-
-def whole_gradient(meta: ParamMeta, parts: list[Tensor], add: bool) -> Tensor:
-    """The full tensor's gradient from the ranks' slices: summed where several ranks hold a row and `add`."""
-    if meta.dim is None:
-        if not add:
-            assert all(distance(part, parts[0]) < 2e-6 for part in parts)
-        return torch.stack(parts).sum(0) if add else parts[0]
-    total = torch.zeros(meta.shape)
+def whole_gradient(meta: ParamMeta, parts: list[Tensor]) -> Tensor:
+    """The full tensor's gradient from the ranks': rows that several ranks hold are either parts of it or equal."""
+    total, first = torch.zeros(meta.shape), parts[0]
     for rank, part in enumerate(parts):
-        ranges = meta.slices(Axis("tp", len(parts), rank))
-        for (first, last), piece in zip(ranges, part.split([b - a for a, b in ranges], meta.dim)):
-            total.narrow(meta.dim, first, last - first).add_(piece)
+        axis, held = Axis("tp", len(parts), rank), part.clone()
+        if meta.dim is None and not meta.summed:
+            assert distance(part, first) < 2e-6
+            for begin, end in meta.duplicates(axis):
+                held[begin:end] = 0
+        dim, ranges = (0, [(0, meta.shape[0])]) if meta.dim is None else (meta.dim, meta.slices(axis))
+        for (begin, end), piece in zip(ranges, held.split([b - a for a, b in ranges], dim)):
+            total.narrow(dim, begin, end - begin).add_(piece)
     return total
 
 
@@ -67,16 +91,58 @@ def whole_gradient(meta: ParamMeta, parts: list[Tensor], add: bool) -> Tensor:
 def test_split_decoders_equal_one_rank(size: int) -> None:
     ranks = run_ranks(size, split_decoders, size)
     for case, sizes in CASES[size].items():
-        model = decoder(**sizes)
-        logits, (loss, grads) = logits_of(model, batch()[0]), gradients(model, *batch())
-        for rank in ranks:
-            assert rank[case][0].shape == logits.shape
-            assert distance(rank[case][0], logits) < 5e-6, case
-            torch.testing.assert_close(rank[case][1], loss)
-        for name, _, meta in model.own_parameters():
-            parts = [rank[case][2][name] for rank in ranks]
-            found = whole_gradient(meta, parts, is_partial(name, size, sizes))
-            assert distance(found, grads[name]) < 1e-5, (case, name)
+        one = decoder(**sizes)
+        logits, (loss, grads) = logits_of(one, batch()[0]), gradients(one, *batch())
+        for sequence in (False, True):
+            found = [rank[case, sequence] for rank in ranks]
+            metas = {name: meta for name, _, meta in decoder(sequence=sequence, **sizes).own_parameters()}
+            for ran in found:
+                assert ran.logits.shape == logits.shape
+                assert distance(ran.logits, logits) < 5e-6, (case, sequence)
+                torch.testing.assert_close(ran.loss, loss)
+                for again_loss, again in ran.recomputed:
+                    assert torch.equal(again_loss, ran.loss)
+                    assert all(torch.equal(again[name], grad) for name, grad in ran.grads.items()), (case, sequence)
+            assert found[0].grads.keys() == grads.keys() == metas.keys()
+            for name, meta in metas.items():
+                whole = whole_gradient(meta, [ran.grads[name] for ran in found])
+                assert distance(whole, grads[name]) < 1e-5, (case, sequence, name)
+
+
+def entered_once(rank: int) -> list[tuple[Tensor, Tensor]]:
+    """(input's gradient, output) of two linears of one input: entered by the caller, and each by itself."""
+    tp = build_mesh(ParallelConfig(tensor=2), 2, rank).tp
+    found = []
+    for sequence in (False, True):
+        whole = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(3))
+        for entered in (False, True):
+            hidden = (whole.chunk(2)[rank] if sequence else whole.clone()).requires_grad_()
+            out = torch.zeros(())
+            x = enter(hidden, tp, sequence) if entered else hidden
+            for number in range(2):
+                meta = ParamMeta((6, 8), "normal", 1.0, dim=0)
+                linear = ColumnLinear(meta, None, tp, torch.float32, CPU, sequence=sequence, entered=entered)
+                with torch.no_grad():
+                    linear.weight.copy_(meta.shard(meta.initial(str(number), 1), tp))
+                out = out + linear(x)
+            out.square().sum().backward()
+            assert hidden.grad is not None
+            grad = all_gather(hidden.grad, tp, 0) if sequence else hidden.grad
+            found.append((grad, out.detach()))
+    with pytest.raises(AssertionError, match="3 do not divide among 2 ranks"):
+        Vocabulary(8, 4, 1.0, tp, torch.float32, CPU, sequence=True)(torch.zeros(3, 1, dtype=torch.long))
+    return found
+
+
+def test_a_region_entered_by_the_caller() -> None:
+    whole = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    weight = sum(ParamMeta((6, 8), "normal", 1.0).initial(str(number), 1) for number in range(2))
+    expected = whole @ torch.as_tensor(weight).T
+    expected.square().sum().backward()
+    assert whole.grad is not None
+    for ways in zip(*run_ranks(2, entered_once)):
+        assert distance(torch.cat([out for _, out in ways], -1), expected) < 1e-6
+        assert all(distance(grad, whole.grad) < 1e-6 for grad, _ in ways)
 
 
 def test_more_ranks_than_query_heads_are_refused() -> None:
