@@ -3,11 +3,10 @@
 The gate is a vector per member and token; what is recorded is its mean over the hidden dimensions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from megabts.bts.model import BTSModel
@@ -21,15 +20,14 @@ class GateRecord:
     """By stitch layer: one tensor [members gated, s, b] a forward pass, float32 on CPU. Experts-into-Hub gates begin
     with the hub's and sum to 1 over members; Hub-into-Experts gates belong to the experts alone."""
 
-    def add(self, stitch: int, gates: Sequence[Tensor]) -> None:
-        """Keep the means over the hidden dimension of the gated members' gates, each [s, b, D]."""
-        means = torch.stack([gate.detach().float().mean(-1) for gate in gates])
+    def add(self, stitch: int, means: Tensor) -> None:
+        """Keep the mean gates of one pass through a stitch layer."""
         self.layers.setdefault(stitch, []).append(means.cpu())
 
 
 @contextmanager
 def record_gates(model: BTSModel) -> Iterator[GateRecord]:
-    """Record the gates of every forward pass of `model` inside the block."""
+    """Record the gates of every forward pass of `model` inside the block; ranks that share a model do it together."""
     record = GateRecord()
     with model.observe_gates(record.add):
         yield record

@@ -3,6 +3,9 @@
 Every member keeps its own embedding and layers and reads the same tokens; at a stitch point they meet. The model's
 output is the hub's, so final norm and head of the experts are not even built. Members are frozen: autograd records
 nothing before the first trainable stitch, and downstream of it computes activation gradients only.
+
+Members may lie on several ranks (`ep`, see `placement`), and a rank may hold a part of the layers of its members
+(`part`, a pipeline's). A rank then builds only what it runs; names do not depend on it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,94 +14,114 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from megabts.bts.flow import gradient_flow, needs_gradient
+from megabts.bts.placement import Exchange, Exchanges, Placement, broadcast
 from megabts.bts.plan import stitch_plan
 from megabts.bts.stitch import Stitch
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError
-from megabts.model.attention import Context, LayerCache, Recompute
-from megabts.model.backend import Backend
+from megabts.model.attention import Context, LayerCache
+from megabts.model.backend import Backend, Recompute
 from megabts.model.decoder import Decoder
+from megabts.model.part import Part
+from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta, name_seed, named_metas
 from megabts.parallel.tensor import freeze
 
-GateObserver = Callable[[int, Sequence[Tensor]], None]
+GateObserver = Callable[[int, Tensor], None]
 
 
 class BTSModel(nn.Module):
-    """Members (hub first), frozen, and K stitch layers. Hidden is [members, s, b, D]; after layer L, [1, s, b, D].
+    """Members (hub first), frozen, and K stitch layers.
+
+    Hidden is [members, s', b, D] of this rank's members, s' being s / tp under sequence parallelism, else s. After layer
+    L it is [1, s', b, D] on the hub's rank and [0, s', b, D] on others, which then only follow: their loss is 0.
 
     Raises UsageError for a member's name that a module cannot have, or more stitch layers than layers.
     """
 
-    def __init__(self, config: ModelConfig, bts: BTSConfig, backend: Backend, *, recompute: Recompute = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        bts: BTSConfig,
+        backend: Backend,
+        *,
+        ep: Axis = Axis("ep"),
+        part: Part | None = None,
+        exchange: Exchange = "auto",
+        recompute: Recompute = "none",
+    ) -> None:
         super().__init__()
         _check_names(bts)
         self.config = config
         self.bts = bts
         self.dtype = backend.dtype
+        self.num_slices = backend.tp.size if backend.sequence else 1
+        self.placement = Placement.of(bts.members, ep, exchange)
         self.num_members = len(bts.members)
+        self.num_local_members = len(self.placement.local)
+        self.part = part = part or Part.whole(config.num_layers)
         self.members = nn.ModuleDict(
-            {name: Decoder(config, backend, recompute=recompute, with_head=name == HUB) for name in bts.members}
+            {
+                name: Decoder(config, backend, part=part, recompute=recompute, with_head=name == HUB)
+                for name in self.placement.local
+            }
         )
         freeze(self.members.parameters())
         self.plan = stitch_plan(config.num_layers, bts.num_stitch_layers, bts.alternating)
-        self.stitches = nn.ModuleList(Stitch(point.kind, config.hidden_size, bts, backend) for point in self.plan)
+        self.flows = gradient_flow(self.plan, bts)
+        self.stitches = nn.ModuleDict(
+            {
+                str(index): Stitch(flow.point.kind, config.hidden_size, bts, backend, self.placement, flow)
+                for index, flow in enumerate(self.flows)
+                if any(chunk.start < flow.point.after <= chunk.stop for chunk in part.chunks)
+            }
+        )
         if "*" not in bts.trainable:
             freeze(p for name, p, _ in self.own_parameters() if member_of(name) not in bts.trainable)
         self._observers: list[GateObserver] = []
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [b, s] -> [members, s, b, D]."""
+        """Token ids [b, s] -> [members, s', b, D]."""
         return torch.stack([member.embed(tokens) for member in self._decoders()])
 
     def run_layers(
         self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
-        """Layers [first, last) of every member, and the stitches after them, on [members, s, b, D]."""
-        states, begin = list(hidden.unbind(0)), first
-        for index, (point, stitch) in enumerate(zip(self.plan, self.stitches, strict=True)):
-            if not first < point.after <= last:
-                continue
-            states, begin = self._run_members(begin, point.after, states, context, cache), point.after
-            seeds = context.dropout_seeds and [name_seed(f"stitch {index}", seed) for seed in context.dropout_seeds]
-            states, gates = stitch(states, seeds, last=point.after == self.config.num_layers)
+        """Layers [first, last) of this rank's members, and the stitches after them, on [members, s', b, D]."""
+        exchanges, needs = Exchanges(self.placement.ep), needs_gradient(self.flows, first)
+        shape = hidden.shape[1:]
+        states = [  # what needs no gradient here is not to be recorded because another member's state does
+            state if name in needs else state.detach()
+            for name, state in zip(self.placement.local, exchanges.enter(hidden).unbind(0), strict=False)
+        ]
+        begin = first
+        for index, point in enumerate(self.plan):
+            if first < point.after <= last:
+                states = self._run_members(begin, point.after, states, context, cache)
+                states, begin = self._stitch(index, states, context, exchanges), point.after
+        states = self._run_members(begin, last, states, context, cache)
+        return exchanges.leave(torch.stack(states) if states else hidden.new_empty(0, *shape))
+
+    def _stitch(self, index: int, states: list[Tensor], context: Context, exchanges: Exchanges) -> list[Tensor]:
+        stitch, flow = self.stitches[str(index)], self.flows[index]
+        assert isinstance(stitch, Stitch)
+        seeds = context.dropout_seeds and [name_seed(f"stitch {index}", seed) for seed in context.dropout_seeds]
+        new, gates = stitch(
+            states,
+            seeds,
+            last=flow.point.after == self.config.num_layers,
+            exchanges=exchanges,
+            with_gates=bool(self._observers),
+        )
+        if flow.after:
+            exchanges.begin_backward(states[0])
+        if self._observers:
+            means = stitch.mean_gates(gates, states[0])
             for observer in self._observers:
-                observer(index, gates)
-        return torch.stack(self._run_members(begin, last, states, context, cache))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The hub's: [1, s, b, D] -> [b, s, V]."""
-        logits: Tensor = self.hub.logits(hidden[0])
-        return logits
-
-    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """The hub's: [1, s, b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats."""
-        loss: Tensor = self.hub.loss(hidden[0], labels, mask)
-        return loss
-
-    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
-        """The stitches': members stay where they are."""
-        return (item for item in named_metas(self) if item[0].startswith("stitches."))
-
-    @property
-    def hub(self) -> Decoder:
-        """Member 0, whose output is the model's."""
-        hub = self.members[HUB]
-        assert isinstance(hub, Decoder)
-        return hub
-
-    @contextmanager
-    def observe_gates(self, observer: GateObserver) -> Iterator[None]:
-        """Inside the block `observer(stitch layer, gates)` sees every stitch's gates; blocks may nest."""
-        self._observers.append(observer)
-        try:
-            yield
-        finally:
-            self._observers.remove(observer)
-
-    def _decoders(self) -> list[Decoder]:
-        return list(self.members.values())  # type: ignore[arg-type]
+                observer(index, means)
+        return new
 
     def _run_members(
         self, first: int, last: int, states: list[Tensor], context: Context, cache: Sequence[LayerCache] | None
@@ -109,6 +132,58 @@ class BTSModel(nn.Module):
             member.run_layers(first, last, state, context, cache[index : index + 1] if cache else None)
             for index, (member, state) in enumerate(zip(self._decoders(), states, strict=True))
         ]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The hub's: [1, s', b, D] -> [b, s, V], on every rank; outside autograd where there are several."""
+        ep = self.placement.ep
+        if ep.size == 1:
+            return self.hub.logits(hidden[0])
+        _, slice_length, b, _ = hidden.shape
+        shape = (b, slice_length * self.num_slices, self.config.vocab_size)
+        with torch.no_grad():
+            own = self.hub.logits(hidden[0]) if self.placement.has_hub else hidden.new_empty(shape)
+            return broadcast(own, ep)
+
+    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """The hub's: [1, s', b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats.
+
+        On other ranks 0, to be run backward like the hub's: that runs their part of the exchanges.
+        """
+        if self.placement.has_hub:
+            return self.hub.loss(hidden[0], labels, mask)
+        return hidden.sum(dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+    def wire_shape(self, depth: int, s: int, b: int) -> tuple[int, ...]:
+        """[members, s', b, D] of this rank after `depth` layers, for b whole sequences of s tokens."""
+        assert s % self.num_slices == 0, f"{s} positions do not divide among {self.num_slices} ranks"
+        members = int(self.placement.has_hub) if depth == self.config.num_layers else self.num_local_members
+        return members, s // self.num_slices, b, self.config.hidden_size
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
+        """The stitches': members stay where they are."""
+        return (item for item in named_metas(self) if item[0].startswith("stitches."))
+
+    @property
+    def hub(self) -> Decoder:
+        """Member 0, whose output is the model's; on its own rank."""
+        hub = self.members[HUB]
+        assert isinstance(hub, Decoder)
+        return hub
+
+    @contextmanager
+    def observe_gates(self, observer: GateObserver) -> Iterator[None]:
+        """Inside the block `observer(stitch layer, mean gates [members gated, s, b])` is told of every stitch.
+
+        Ranks that run one model must observe alike. Blocks may nest.
+        """
+        self._observers.append(observer)
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)
+
+    def _decoders(self) -> list[Decoder]:
+        return list(self.members.values())  # type: ignore[arg-type]
 
 
 def _check_names(bts: BTSConfig) -> None:

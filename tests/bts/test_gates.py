@@ -12,7 +12,7 @@ TOKENS = torch.tensor([[3, 7, 1, 30, 12, 4], [0, 29, 5, 5, 18, 2]])
 def test_record_of_each_stitch_layer() -> None:
     model = random_model(config_of(2, num_stitch_layers=2)).eval()
     states: dict[int, list[torch.Tensor]] = {}
-    for index, stitch in enumerate(model.stitches):
+    for index, stitch in enumerate(model.stitches.values()):
         stitch.register_forward_pre_hook(lambda _, args, index=index: states.update({index: args[0]}))
     with record_gates(model) as record:
         run(model, TOKENS)

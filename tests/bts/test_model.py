@@ -197,7 +197,7 @@ def test_only_the_named_slices_train(trainable: list[str]) -> None:
 def test_nothing_is_recorded_before_the_first_stitch() -> None:
     model = random_model(config_of(num_stitch_layers=2))
     seen: list[list[bool]] = []
-    for stitch in model.stitches:
+    for stitch in model.stitches.values():
         stitch.register_forward_pre_hook(lambda _, args: seen.append([state.requires_grad for state in args[0]]))
     assert run(model, TOKENS).requires_grad
     assert seen == [[False, False, False], [False, True, True]]  # the first is Hub-into-Experts: the hub goes on as is
