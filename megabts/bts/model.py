@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megabts.bts.flow import gradient_flow, needs_gradient
-from megabts.bts.placement import Exchange, Exchanges, Placement, broadcast
+from megabts.bts.placement import ALONE, Exchange, Exchanges, Placement, broadcast
 from megabts.bts.plan import stitch_plan
 from megabts.bts.stitch import Stitch
 from megabts.config.methods import HUB, BTSConfig
@@ -35,8 +35,8 @@ GateObserver = Callable[[int, Tensor], None]
 class BTSModel(nn.Module):
     """Members (hub first), frozen, and K stitch layers.
 
-    Hidden is [members, s', b, D] of this rank's members, s' being s / tp under sequence parallelism, else s. After layer
-    L it is [1, s', b, D] on the hub's rank and [0, s', b, D] on others, which then only follow: their loss is 0.
+    Hidden is [members, s', b, D] of this rank's members, s' being s / tp under sequence parallelism, else s. After
+    layer L it is [1, s', b, D] on the hub's rank and [0, s', b, D] on others, which then only follow: their loss is 0.
 
     Raises UsageError for a member's name that a module cannot have, or more stitch layers than layers.
     """
@@ -47,7 +47,7 @@ class BTSModel(nn.Module):
         bts: BTSConfig,
         backend: Backend,
         *,
-        ep: Axis = Axis("ep"),
+        ep: Axis = ALONE,
         part: Part | None = None,
         exchange: Exchange = "auto",
         recompute: Recompute = "none",

@@ -28,8 +28,8 @@ gloo's own broadcast is a tree whose root sends log2 P states; NCCL's is a ring,
     Experts-into-Hub, reduce     broadcast h_0, maximum, add numerator and denominator (two    22 f    10 f + 6
                                  states); backward: broadcast two states, add h_0's gradient
 
-The reduce version's bytes per rank do not grow with n, nor does its work on the hub's rank: every rank computes the gate
-logits of its own members. Under tensor parallelism the projected states, numerators and denominators are slices.
+The reduce version's bytes per rank do not grow with n, nor does its work on the hub's rank: every rank computes the
+gate logits of its own members. Under tensor parallelism projected states, numerators and denominators are slices.
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,8 @@ from megabts.parallel.collectives import all_gather, all_reduce
 from megabts.parallel.mesh import Axis
 
 Exchange = Literal["auto", "gather", "reduce"]
+ALONE = Axis("ep")
+"""All members on one rank."""
 FEW_EXPERTS = 3
 """Up to so many experts `auto` gathers their projected states."""
 

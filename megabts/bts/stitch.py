@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megabts.bts.flow import StitchFlow, gradient_flow
-from megabts.bts.placement import Exchanges, Placement, broadcast
+from megabts.bts.placement import ALONE, Exchanges, Placement, broadcast
 from megabts.bts.plan import Kind, StitchPoint
 from megabts.config.methods import HUB, BTSConfig
 from megabts.model.backend import Backend
@@ -41,7 +41,7 @@ def hub_into_experts(expert: Tensor, projected_hub: Tensor, gate: Tensor) -> Ten
     return torch.lerp(expert, projected_hub, gate)
 
 
-def gate_dropout(logits: Tensor, probability: float, seeds: Sequence[int] | None, tp: Axis = Axis("tp")) -> Tensor:
+def gate_dropout(logits: Tensor, probability: float, seeds: Sequence[int] | None, tp: Axis = ALONE) -> Tensor:
     """Dropout on gate logits [s, b, D / tp]; the mask of sample j depends on seeds[j] alone. None or 0 changes nothing.
 
     The mask of all D dimensions is drawn and this rank's slice taken, so that it is the same at every degree.
@@ -80,7 +80,7 @@ class Stitch(nn.Module):
         self.kind = kind
         self.expert_stream = config.expert_stream
         self.dropout = config.gate_dropout
-        self.placement = placement = placement or Placement.of(config.members, Axis("ep"))
+        self.placement = placement = placement or Placement.of(config.members, ALONE)
         self.flow = flow or gradient_flow([StitchPoint(0, kind)], config)[0]
         self.tp, self.sequence = backend.tp, backend.sequence
         d, into_hub = hidden_size, kind == "experts_into_hub"

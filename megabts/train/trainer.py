@@ -10,13 +10,14 @@ from types import FrameType
 
 import torch
 
+from megabts.bts.flops import bts_flops
 from megabts.bts.model import BTSModel
 from megabts.checkpoint.lock import RunLock
 from megabts.checkpoint.manifest import CheckpointError
 from megabts.checkpoint.storage import has_steps, resolve
 from megabts.errors import UserError
 from megabts.evaluation.perplexity import domain_losses
-from megabts.model.flops import bts_flops, dense_flops
+from megabts.model.flops import dense_flops
 from megabts.optimizer.schedule import check_schedule
 from megabts.optimizer.stability import AdamMonitor, SpikeGuard
 from megabts.parallel.collectives import all_reduce, broadcast_object
@@ -233,8 +234,7 @@ class Trainer:
 def _flops_per_token(run: Run) -> float:
     config = run.config
     if isinstance(run.model, BTSModel):
-        plan = [(point.after, point.kind) for point in run.model.plan]
-        return bts_flops(config.model, config.bts, config.data.seq_length, plan).total
+        return bts_flops(config.model, config.bts, config.data.seq_length, run.model.plan).total
     return dense_flops(config.model, config.data.seq_length).total
 
 
