@@ -12,13 +12,15 @@ residuals cost a tp-th. Below, s' is s / tp where `sequence`, else s.
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabts.errors import UsageError
-from megabts.parallel.collectives import all_gather, enter, leave
+from megabts.parallel.collectives import SEQUENCE, all_gather, enter, leave
 from megabts.parallel.cross_entropy import linear_cross_entropy
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
@@ -55,7 +57,56 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s', b, in] ([s, b, in] if entered) -> [s, b, out / tp]."""
-        return F.linear(x if self.entered else enter(x, self.tp, self.sequence), self.weight, self.bias)
+        if self.entered or self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = _EnterLinear.apply(x, self.weight, self.bias, self.tp, self.sequence)
+        return out
+
+
+class _EnterLinear(torch.autograd.Function):
+    """`enter`, then a linear; as Megatron does it, the sum of the input's gradient runs beside the weight's gradient.
+
+    Of a split sequence only this rank's slice is kept, and backward gathers it again beside the input's gradient: kept
+    whole, these inputs would outweigh all that sequence parallelism saves (arXiv 2205.05198, section 4.2.2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sequence: bool) -> Tensor:
+        ctx.tp, ctx.sequence = tp, sequence
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(all_gather(x, tp, SEQUENCE) if sequence else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = gathering = summing = None
+        if need_weight and ctx.sequence:
+            x, gathering = _start_gather(x, ctx.tp)
+        if need_x:
+            grad_x, summing = _start_sum(grad @ weight, ctx.tp, ctx.sequence)
+        if need_weight:
+            if gathering is not None:
+                gathering.wait()
+            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        grad_bias = grad.flatten(0, -2).sum(0) if need_bias else None
+        if summing is not None:
+            summing.wait()
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _start_gather(x: Tensor, tp: Axis) -> tuple[Tensor, dist.Work]:
+    """[s / tp, b, D] -> [s, b, D], there once the work is done."""
+    whole = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
+    return whole, dist.all_gather_into_tensor(whole, x.contiguous(), group=tp.group, async_op=True)
+
+
+def _start_sum(partial: Tensor, tp: Axis, sequence: bool) -> tuple[Tensor, dist.Work]:
+    """The ranks' partial sums [s, b, D] -> [s', b, D], there once the work is done; overwrites `partial`."""
+    if not sequence:
+        return partial, dist.all_reduce(partial, group=tp.group, async_op=True)
+    share = partial.new_empty(partial.shape[0] // tp.size, *partial.shape[1:])
+    return share, dist.reduce_scatter_tensor(share, partial, group=tp.group, async_op=True)
 
 
 class RowLinear(nn.Module):

@@ -109,6 +109,19 @@ def test_split_decoders_equal_one_rank(size: int) -> None:
                 assert distance(whole, grads[name]) < 1e-5, (case, sequence, name)
 
 
+def kept_shapes(linear: ColumnLinear, x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of what autograd keeps for the backward of `linear`."""
+    kept: list[tuple[int, ...]] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append(tuple(saved.shape))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        linear(x)
+    return kept
+
+
 def entered_once(rank: int) -> list[tuple[Tensor, Tensor]]:
     """(input's gradient, output) of two linears of one input: entered by the caller, and each by itself."""
     tp = build_mesh(ParallelConfig(tensor=2), 2, rank).tp
@@ -129,6 +142,10 @@ def entered_once(rank: int) -> list[tuple[Tensor, Tensor]]:
             assert hidden.grad is not None
             grad = all_gather(hidden.grad, tp, 0) if sequence else hidden.grad
             found.append((grad, out.detach()))
+            if not entered:  # of a split sequence the slice, and of a frozen linear no input at all
+                assert kept_shapes(linear, hidden) == [(2 if sequence else 4, 2, 8), (3, 8)]
+                linear.requires_grad_(False)
+                assert kept_shapes(linear, hidden) == [(3, 8)]
     with pytest.raises(AssertionError, match="3 do not divide among 2 ranks"):
         Vocabulary(8, 4, 1.0, tp, torch.float32, CPU, sequence=True)(torch.zeros(3, 1, dtype=torch.long))
     return found
