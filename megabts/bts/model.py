@@ -159,6 +159,15 @@ class BTSModel(nn.Module):
         members = int(self.placement.has_hub) if depth == self.config.num_layers else self.num_local_members
         return members, s // self.num_slices, b, self.config.hidden_size
 
+    def trains(self, layers: range) -> bool:
+        """Whether anything of the stitches after these layers trains, on this rank."""
+        inside = (
+            self.stitches[str(index)]
+            for index, point in enumerate(self.plan)
+            if layers.start < point.after <= layers.stop
+        )
+        return any(parameter.requires_grad for stitch in inside for parameter in stitch.parameters())
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
         """The stitches': members stay where they are."""
         return (item for item in named_metas(self) if item[0].startswith("stitches."))

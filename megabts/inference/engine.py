@@ -150,7 +150,8 @@ class Decoding:
         # The last token chosen is never read again, so it needs no place.
         capacity = width + max_new_tokens - 1
         self.caches = [
-            KVCache(model.config, len(prompts), capacity, model.dtype, self.device) for _ in range(model.num_members)
+            KVCache(model.config, len(prompts), capacity, model.dtype, self.device)
+            for _ in range(model.num_local_members)
         ]
 
     def extend(self, tokens: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class Model(Protocol):
 
     config: ModelConfig
     dtype: torch.dtype
-    num_members: int
+    num_local_members: int
+    """Members on this rank, each with a cache of its own in generation."""
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [b, s] -> hidden."""
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
     expert inside a BTS model never runs them.
     """
 
-    num_members = 1
+    num_local_members = 1
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.dtype = backend.dtype
         self.part = part or Part.whole(config.num_layers)
         self.num_slices = backend.tp.size if backend.sequence else 1
@@ -99,8 +101,9 @@ class Decoder(nn.Module):
         self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """Layers [first, last) on [s', b, D]."""
-        for index in range(first, last):
-            hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
+        with self.backend.forward_context(hidden.shape[:2].numel()):
+            for index in range(first, last):
+                hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
