@@ -3,6 +3,7 @@
 Under torchrun every rank runs this file. `--help` lists all settings.
 """
 
+import os
 import sys
 
 from megabts.config.load import difference, explicit_keys, load_config
@@ -12,22 +13,27 @@ from megabts.runtime.failure import told_once
 
 def main() -> int:
     """Config, ranks, model and data, trainer, fit."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # below it: pages of C++ frames when a rank is gone
     with told_once():
         config = load_config(sys.argv[1:])
         from megabts.runtime.device import Launch, stop_communication
         from megabts.runtime.log import configure_logging
+        from megabts.runtime.rendezvous import meet
+        from megabts.runtime.watchdog import watched
         from megabts.train.setup import adopt_sizes, build_run, open_start, start_ranks
         from megabts.train.trainer import Trainer
 
         launch = Launch.from_environment()
         configure_logging(launch.rank)
-        mesh, device = start_ranks(config, launch)
-        start = open_start(config, mesh)
-        config = adopt_sizes(config, explicit_keys(sys.argv[1:]), start)
-        if launch.rank == 0:
-            print(difference(config), flush=True)
-        code = Trainer(build_run(config, mesh, device, start)).fit()
-        stop_communication()
+        meeting = meet(launch, config.parallel.timeout)
+        with watched(meeting, config.parallel.timeout) as progress:
+            mesh, device = start_ranks(config, launch, meeting.store if meeting else None)
+            start = open_start(config, mesh)
+            config = adopt_sizes(config, explicit_keys(sys.argv[1:]), start)
+            if launch.rank == 0:
+                print(difference(config), flush=True)
+            code = Trainer(build_run(config, mesh, device, start), progress).fit()
+            stop_communication()
         return code
 
 

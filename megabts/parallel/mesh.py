@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megabts.config.run import ParallelConfig
 from megabts.errors import UsageError
+from megabts.runtime.device import WATCHDOG_FIRST
 
 AXES = ("pp", "dp", "ep", "tp")
 
@@ -89,7 +90,7 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMe
     """
     sizes = degrees(config, world_size)
     grid = torch.arange(world_size).view(sizes)
-    timeout = timedelta(seconds=config.timeout)  # groups do not inherit it
+    timeout = timedelta(seconds=config.timeout + WATCHDOG_FIRST)  # groups do not inherit it
     axes = {}
     for dim, name in enumerate(AXES):
         lines = grid.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()

@@ -10,12 +10,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megabts.errors import UserError
+from megabts.errors import UsageError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peaks, FLOP/s, by a word in the device's name."""
+
+WATCHDOG_FIRST = 60
+"""Seconds that collectives wait longer than the watchdog, which can say who it was."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,25 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them."""
+        """Read torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them.
+
+        Raises UsageError for values that cannot be.
+        """
+        get = os.environ.get
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(os.environ.get(name, alone)) for name, alone in zip(names, "0101", strict=True)))
+        values = [get(name, alone) for name, alone in zip(names, "0101", strict=True)]
+        for name, value in zip(names, values, strict=True):
+            if not value.isdecimal() or (name.endswith("SIZE") and int(value) == 0):
+                raise UsageError(f"{name} is {value!r} in the environment; it must be a number that the launcher gives")
+        launch = cls(*map(int, values))
+        if launch.rank >= launch.world_size:
+            raise UsageError(
+                f"RANK is {launch.rank} in the environment and WORLD_SIZE {launch.world_size}; ranks count from 0 to "
+                "WORLD_SIZE - 1: correct one of them"
+            )
+        if launch.world_size > 1 and "RANK" not in os.environ:
+            raise UsageError(f"WORLD_SIZE is {launch.world_size}, but RANK is not set; set it, or start with torchrun")
+        return launch
 
 
 def pick_device(launch: Launch) -> torch.device:
@@ -53,15 +72,26 @@ def share_cores(launch: Launch) -> None:
         torch.set_num_threads(max(1, num_cores() // launch.local_world_size))
 
 
-def start_communication(launch: Launch, device: torch.device, backend: str, timeout: int) -> None:
-    """Initialise torch.distributed for more than one rank; `timeout` in seconds ends a collective that hangs."""
+def start_communication(
+    launch: Launch, device: torch.device, backend: str, timeout: int, store: dist.Store | None
+) -> None:
+    """Initialise torch.distributed for more than one rank, who meet at `store`.
+
+    `timeout` in seconds ends a collective that hangs; a watchdog with the same time-out comes first and says more.
+    """
     if launch.world_size == 1:
         return
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise UserError("parallel.backend nccl needs GPUs and this machine has none; use gloo or auto")
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=timeout + WATCHDOG_FIRST),
+    )
 
 
 def stop_communication() -> None:

@@ -1,15 +1,18 @@
 """One rank's failure is the end of all, told once: by the rank it happened to, which is the first to say so.
 
 A rank that fails breaks its connections, and then every other rank fails too, in whatever collective it is in. So a
-failing rank first counts itself at the launcher's key-value store (torchrun keeps one for the whole run). The first in
-the count speaks: its error goes on as it is. The others leave with exit code 1 and without a word.
+failing rank first counts itself in the ranks' store (`megabts.runtime.rendezvous`). The first in the count speaks: its
+error goes on as it is. The others leave with exit code 1 and without a word; those stuck in a collective are ended by
+their watchdogs, which see the count too.
 
 Limits: a rank that is killed counts nothing; then the first rank to miss it says that it lost contact. Without
-torchrun's store (srun) every rank speaks.
+torchrun's store (srun), errors before the ranks have met are told by every rank.
 """
 
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,10 +29,10 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for a rank that failed before: let us say why
-        if not _first_to_fail():
+        if not _speaks(error):
             raise SystemExit(1) from None
         if not _lost_contact(error):
             raise
@@ -41,19 +44,33 @@ def told_once() -> Iterator[None]:
         ) from error
 
 
-def _first_to_fail() -> bool:
-    """Whether no rank counted itself before, in this attempt of the launcher; True when there is nowhere to count."""
-    from torch.distributed import DistError, TCPStore  # heavy, and a failing rank may not have it yet
+def _speaks(error: Exception) -> bool:
+    """Whether no rank counted itself before. Without a store: every rank; of a lost contact only the second."""
+    from torch.distributed import DistError  # heavy, and a failing rank may not have it yet
 
-    get = os.environ.get
-    if get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
     try:
-        address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=3)
-        store = TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-        return bool(store.add(f"megabts/failed/{get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1)
-    except DistError:
-        return True
+        return _count()
+    except (DistError, OSError, KeyError, ValueError):
+        return not _lost_contact(error) or os.environ.get("RANK") == "1"
+
+
+def _count() -> bool:
+    """Count this rank; whether it is the first, in this attempt of the launcher."""
+    from megabts.runtime.rendezvous import connect, launcher_keeps_store
+
+    host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    socket.create_connection(
+        (host, port), timeout=2
+    ).close()  # the store's own attempt would fail with a page of frames
+    store = connect(host, port, timedelta(seconds=3))
+    store.set(f"noticed/{rank}", "")
+    first = bool(store.add("failed", 1) == 1)
+    if rank == 0 and not launcher_keeps_store():
+        keys = [f"noticed/{other}" for other in range(int(os.environ["WORLD_SIZE"]))]
+        end = time.monotonic() + 3
+        while not store.check(keys) and time.monotonic() < end:
+            time.sleep(0.05)  # the store goes with this process, and the others have still to hear of it
+    return first
 
 
 def _lost_contact(error: Exception) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.distributed import Store
 
 from megabts.bts.build import open_members
 from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model
@@ -58,8 +59,8 @@ class Run:
         return self.tokenizer.eod_id if self.tokenizer else None
 
 
-def start_ranks(config: RunConfig, launch: Launch) -> tuple[ParallelMesh, torch.device]:
-    """Join the other ranks. Raises UsageError before any communication when the degrees do not fit."""
+def start_ranks(config: RunConfig, launch: Launch, store: Store | None = None) -> tuple[ParallelMesh, torch.device]:
+    """Join the other ranks, met at `store`. Raises UsageError before any communication when the degrees do not fit."""
     parallel = config.parallel
     for name, degree in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("expert", parallel.expert)):
         if degree != 1:
@@ -68,7 +69,7 @@ def start_ranks(config: RunConfig, launch: Launch) -> tuple[ParallelMesh, torch.
             )
     share_cores(launch)
     device = pick_device(launch)
-    start_communication(launch, device, parallel.backend, parallel.timeout)
+    start_communication(launch, device, parallel.backend, parallel.timeout, store)
     return build_mesh(parallel, launch.world_size, launch.rank), device
 
 

@@ -14,6 +14,7 @@ from megabts.optimizer.schedule import learning_rate
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def train_step(
     config: RunConfig,
     mesh: ParallelMesh,
     device: torch.device,
+    progress: Progress,
 ) -> StepResult:
     """Step number `step` (from 0) on this rank's micro-batches.
 
@@ -50,16 +52,20 @@ def train_step(
     tokens = max(all_reduce(total[1:].clone(), mesh.dp).item(), 1.0)
     optimizer.gradients.zero()
     for batch in batches:
+        progress.enter("forward")
         loss = batch_loss(model, batch, device, config.train.seed)
+        progress.enter("backward")
         if loss.requires_grad:
             loss.backward()
         total[0] += loss.detach().double()
+    progress.enter("the gradient sum")
     optimizer.gradients.sync()
     optimizer.gradients.flat.div_(tokens)  # in fp32, and not in backward, where bf16 would round the factor
     mean_loss = all_reduce(total, mesh.dp)[0].item() / tokens
     norm = clip_gradients(optimizer.gradients.flat, config.optimizer.clip_grad)
     lr = learning_rate(step, config.optimizer, config.train.steps)
     skipped = guard.observe(mean_loss, norm)
+    progress.enter("the optimizer")
     if not skipped:
         optimizer.step(lr)
     return StepResult(mean_loss, norm, lr, int(tokens), skipped)

@@ -23,6 +23,7 @@ from megabts.optimizer.stability import AdamMonitor, SpikeGuard
 from megabts.parallel.collectives import all_reduce, broadcast_object
 from megabts.runtime.device import memory, peak_flops, synchronize
 from megabts.runtime.metrics import MetricsLogger, StepStats
+from megabts.runtime.progress import Progress
 from megabts.train.health import adam_health
 from megabts.train.setup import Run
 from megabts.train.state import restore, save
@@ -37,8 +38,10 @@ EXIT_REQUEUE = 85
 class Trainer:
     """Runs one run to its end; `fit` returns the process's exit code."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, progress: Progress | None = None) -> None:
         self.run = run
+        self.progress = progress or Progress()
+        self.progress.take_role(f"pp {run.mesh.pp.rank} ep {run.mesh.ep.rank}")
         self.config = run.config
         self.dir = Path(run.config.checkpoint.dir) if run.config.checkpoint.dir else None
         self.guard = SpikeGuard(sigma=run.config.optimizer.skip_sigma)
@@ -92,10 +95,19 @@ class Trainer:
         with closing(run.loader.iterate(first * self.config.train.global_batch)) as batches:
             for step in range(first, steps):
                 begin = time.perf_counter()
+                self.progress.enter("data", step + 1)
                 micro_batches = next(batches)
                 data_seconds = time.perf_counter() - begin
                 result = train_step(
-                    run.model, run.optimizer, self.guard, micro_batches, step, self.config, run.mesh, run.device
+                    run.model,
+                    run.optimizer,
+                    self.guard,
+                    micro_batches,
+                    step,
+                    self.config,
+                    run.mesh,
+                    run.device,
+                    self.progress,
                 )
                 synchronize(run.device)
                 if logger:
@@ -110,6 +122,7 @@ class Trainer:
         """Judge, validate and save after `step` steps. Returns whether the run must stop before its end."""
         last = step == self.config.train.steps
         self._judge(step, result)
+        self.progress.enter("the end of the step")
         if self._due(step, self.config.train.valid_every):
             self._validate(step, logger)
         stopping = self._told_to_stop(stop) and not last
@@ -146,6 +159,7 @@ class Trainer:
         run, train = self.run, self.config.train
         if not run.valid:
             return
+        self.progress.enter("validation", timed=False)
         found = domain_losses(
             run.model,
             run.valid,
@@ -174,6 +188,7 @@ class Trainer:
         """Save, every rank waiting for it; a failure is a warning, unless the save `must` succeed."""
         if self.dir is None:
             return
+        self.progress.enter("the save", timed=False)
         problem = ""
         if self.run.mesh.rank == 0:
             try:

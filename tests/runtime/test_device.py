@@ -96,13 +96,13 @@ def test_memory_is_in_bytes() -> None:
 
 def test_nccl_without_a_gpu_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match="nccl needs GPUs and this machine has none; use gloo or auto") as caught:
-        runtime.start_communication(Launch(0, 2, 0), CPU, "nccl", 10)
+        runtime.start_communication(Launch(0, 2, 0), CPU, "nccl", 10, None)
     assert "\n" not in str(caught.value)
     assert not dist.is_initialized()
 
 
 def test_one_rank_starts_nothing() -> None:
-    runtime.start_communication(Launch(), CPU, "nccl", 10)
+    runtime.start_communication(Launch(), CPU, "nccl", 10, None)
     assert not dist.is_initialized()
     runtime.stop_communication()
 
@@ -110,7 +110,7 @@ def test_one_rank_starts_nothing() -> None:
 def test_auto_on_cpu_is_gloo_with_the_given_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: calls.append((args, keywords)))
-    runtime.start_communication(Launch(0, 2, 0), CPU, "auto", 77)
+    runtime.start_communication(Launch(0, 2, 0), CPU, "auto", 77, None)
     ((args, keywords),) = calls
     assert args == ("gloo",)
-    assert keywords["timeout"].total_seconds() == 77
+    assert keywords["timeout"].total_seconds() == 77 + runtime.WATCHDOG_FIRST
