@@ -79,7 +79,6 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.backend = backend
         self.dtype = backend.dtype
         self.part = part or Part.whole(config.num_layers)
         self.num_slices = backend.tp.size if backend.sequence else 1
@@ -101,9 +100,8 @@ class Decoder(nn.Module):
         self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """Layers [first, last) on [s', b, D]."""
-        with self.backend.forward_context(hidden.shape[:2].numel()):
-            for index in range(first, last):
-                hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
+        for index in range(first, last):
+            hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
