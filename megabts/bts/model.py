@@ -56,6 +56,7 @@ class BTSModel(nn.Module):
         _check_names(bts)
         self.config = config
         self.bts = bts
+        self.backend = backend
         self.dtype = backend.dtype
         self.num_slices = backend.tp.size if backend.sequence else 1
         self.placement = Placement.of(bts.members, ep, exchange)
@@ -64,7 +65,7 @@ class BTSModel(nn.Module):
         self.part = part = part or Part.whole(config.num_layers)
         self.members = nn.ModuleDict(
             {
-                name: Decoder(config, backend, part=part, recompute=recompute, with_head=name == HUB)
+                name: Decoder(config, backend.frozen(), part=part, recompute=recompute, with_head=name == HUB)
                 for name in self.placement.local
             }
         )
@@ -90,6 +91,12 @@ class BTSModel(nn.Module):
         self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """Layers [first, last) of this rank's members, and the stitches after them, on [members, s', b, D]."""
+        with self.backend.forward_context(hidden.shape[1:3].numel()):
+            return self._run_layers(first, last, hidden, context, cache)
+
+    def _run_layers(
+        self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None
+    ) -> Tensor:
         exchanges, needs = Exchanges(self.placement.ep), needs_gradient(self.flows, first)
         shape = hidden.shape[1:]
         states = [  # what needs no gradient here is not to be recorded because another member's state does

@@ -8,7 +8,9 @@ tensor-parallel regions are split along the sequence over that axis (sequence pa
 gives both from one factory, `norm_linear` or `norm_mlp`. Parameter names never depend on the backend.
 """
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,5 +77,20 @@ class Backend(Protocol):
 
         query [s, b, heads, hd]; key, value [t, b, kv_heads, hd]; mask bool [b or 1, 1, s, t], true where attention is
         allowed (somewhere for every query). Returns [s, b, heads * hd].
+        """
+        ...
+
+    def frozen(self) -> "Backend":
+        """The backend of parts that will never train; a library may keep their weights in fewer bits."""
+        ...
+
+    def checkpoint(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """function(*args), of which nothing is kept: backward computes it again."""
+        ...
+
+    def forward_context(self, rows: int) -> AbstractContextManager[None]:
+        """Open around a forward pass through parts of this backend, on `rows` = s' b positions; it may be nested.
+
+        FP8 lives in it: no module may run twice in one such region, and scales move on at its end.
         """
         ...

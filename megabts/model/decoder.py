@@ -49,6 +49,10 @@ class Model(Protocol):
         """Shape, on this rank, of hidden after `depth` layers, for b whole sequences of s tokens."""
         ...
 
+    def trains(self, layers: range) -> bool:
+        """Whether anything trains in one of this part's chunks, with the embedding or head that belong to it."""
+        ...
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
         """What this model's checkpoint holds: everything but members that are kept elsewhere."""
         ...
@@ -79,6 +83,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.dtype = backend.dtype
         self.part = part or Part.whole(config.num_layers)
         self.num_slices = backend.tp.size if backend.sequence else 1
@@ -100,8 +105,9 @@ class Decoder(nn.Module):
         self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """Layers [first, last) on [s', b, D]."""
-        for index in range(first, last):
-            hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
+        with self.backend.forward_context(hidden.shape[:2].numel()):
+            for index in range(first, last):
+                hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -116,6 +122,15 @@ class Decoder(nn.Module):
         """[s', b, D], after any number of layers."""
         assert s % self.num_slices == 0, f"{s} positions do not divide among {self.num_slices} ranks"
         return s // self.num_slices, b, self.config.hidden_size
+
+    def trains(self, layers: range) -> bool:
+        """Whether any parameter of the chunk `layers` requires a gradient."""
+        modules = [self.layers[str(index)] for index in layers]
+        if layers.start == 0 and self.part.embedding:
+            modules.append(self.embedding)
+        if layers.stop == self.config.num_layers and self.part.head:
+            modules += [self.final_norm, self.head]
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
         """All of them."""

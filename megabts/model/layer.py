@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megabts.config.model import ModelConfig
 from megabts.model.attention import Attention, Context, LayerCache, qkv_metas
@@ -15,6 +14,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
         super().__init__()
+        self.backend = backend
         d, f = config.hidden_size, config.ffn_size
         self.attention_norm, qkv = backend.norm_linear(d, config.norm_eps, *qkv_metas(config))
         self.attention = Attention(config, backend, qkv, recompute)
@@ -26,8 +26,7 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None = None) -> Tensor:
         """[s or s / tp, b, D] -> the same."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._forward, hidden, context, layer, cache, use_reentrant=False)
-            return out
+            return self.backend.checkpoint(self._forward, hidden, context, layer, cache)
         return self._forward(hidden, context, layer, cache)
 
     def _forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None) -> Tensor:

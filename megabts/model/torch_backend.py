@@ -4,6 +4,8 @@ Norm and SwiGLU have their own backward: at small widths element-wise passes ove
 most of a step, and autograd's composition of them makes several times as many.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megabts.model.backend import Backend, Recompute
+from megabts.model.backend import Recompute
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
 from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary
@@ -48,7 +50,8 @@ class TorchBackend:
         self, size: int, eps: float, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute
     ) -> tuple[nn.Module, nn.Module]:
         """See `Backend`."""
-        return self.norm(size, eps, summed=self.sequence), MLP(self, gate_up, down, recompute)
+        mlp = MLP(self.column_linear(gate_up), self.row_linear(down), recompute)
+        return self.norm(size, eps, summed=self.sequence), mlp
 
     def vocabulary(self, vocab_size: int, hidden_size: int, std: float) -> Vocabulary:
         """See `Backend`."""
@@ -70,15 +73,28 @@ class TorchBackend:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return out.permute(2, 0, 1, 3).flatten(2)
 
+    def frozen(self) -> "TorchBackend":
+        """See `Backend`."""
+        return self
+
+    def checkpoint(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """See `Backend`."""
+        out: Tensor = checkpoint(function, *args, use_reentrant=False)
+        return out
+
+    def forward_context(self, rows: int) -> AbstractContextManager[None]:
+        """See `Backend`: there is nothing to open."""
+        return nullcontext()
+
 
 class MLP(nn.Module):
     """down(silu(gate x) * up x) with gate and up in one matrix (SwiGLU, arXiv 2002.05202)."""
 
-    def __init__(self, backend: Backend, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute) -> None:
+    def __init__(self, gate_up: nn.Module, down: nn.Module, recompute: Recompute) -> None:
         super().__init__()
         self.recompute = recompute
-        self.gate_up = backend.column_linear(gate_up)
-        self.down = backend.row_linear(down)
+        self.gate_up = gate_up
+        self.down = down
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[s or s / tp, b, D] -> the same."""

@@ -119,10 +119,7 @@ class RowLinear(nn.Module):
         self, weight: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.device, *, sequence: bool = False
     ) -> None:
         super().__init__()
-        if weight.local_shape(tp)[1] * tp.size != weight.shape[1]:
-            # Ranks that hold the same columns would add the same products twice.
-            units = weight.shape[1] // weight.unit
-            raise UsageError(f"parallel.tensor {tp.size} is more than the {units} heads or columns there are to share")
+        check_columns(weight, tp)
         self.tp = tp
         self.sequence = sequence
         self.metas = {"weight": weight}
@@ -131,6 +128,13 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, in / tp] -> [s', b, out]."""
         return leave(F.linear(x, self.weight), self.tp, self.sequence)
+
+
+def check_columns(weight: ParamMeta, tp: Axis) -> None:
+    """Raise UsageError when ranks would hold the same columns of a row-split linear, and add their products twice."""
+    if weight.local_shape(tp)[1] * tp.size != weight.shape[1]:
+        units = weight.shape[1] // weight.unit
+        raise UsageError(f"parallel.tensor {tp.size} is more than the {units} heads or columns there are to share")
 
 
 class Vocabulary(nn.Module):
