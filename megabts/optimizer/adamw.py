@@ -1,116 +1,156 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) on flat fp32 masters of the trainable parameters.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) on fp32 masters, of which a rank holds its shard (ZeRO stage 1).
 
-Parameters are ordered by (learning-rate scale, weight decay), so that each such group is one slice of the flat
-gradient, master and moment buffers, and one fused kernel steps it. Parameters of any precision are written back from
-the fp32 masters. State is kept per parameter name, so a checkpoint knows nothing of the flat layout.
+Masters and moments cover the elements that `GradientBuffer` makes this rank's: 12 bytes for each of P / dp parameters.
+A step is one fused kernel over slices of them that share learning-rate scale and weight decay; then every bucket's
+masters are turned into the parameters' precision, gathered over dp and written to the parameters. State is kept by
+parameter name and range of elements, so a checkpoint knows nothing of buckets.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from megabts.config.run import OptimizerConfig
 from megabts.errors import UserError
-from megabts.parallel.ddp import GradientBuffer, split_like
-from megabts.parallel.mesh import Axis
+from megabts.parallel.collectives import all_gather
+from megabts.parallel.ddp import GradientBuffer, Slot, joined, split_like
+from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.sharding import NamedParameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("master", *MOMENTS)
+"""Of tensors in the state."""
 
 
 class MasterAdamW:
-    """Steps `named` trainable parameters from the gradients that `gradients` gathers.
+    """Steps the trainable ones of `named` from the gradients that `gradients` gathers.
+
+    `bucket_elements`, `tied` and `device` are those of `GradientBuffer`.
 
     Attributes:
-        names, parameters: in the order of the flat buffers.
-        gradients: the flat gradient buffer over the same parameters.
+        names: of the trainable parameters, in the order of the flat buffers.
+        gradients: the flat gradient buffer over them.
+        master, moments: this rank's shards of all buckets, one after the other.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, dp: Axis) -> None:
-        keyed = [((lr_scale(n, config), p.dim() > 1), n, p) for n, p in named if p.requires_grad]
-        keyed.sort(key=lambda item: item[0])
-        self.names = [name for _, name, _ in keyed]
-        self.parameters = [parameter for _, _, parameter in keyed]
-        self.gradients = GradientBuffer(self.parameters, dp)
-        self.master = torch.empty_like(self.gradients.flat)
+    def __init__(
+        self,
+        named: NamedParameters,
+        config: OptimizerConfig,
+        mesh: ParallelMesh,
+        *,
+        bucket_elements: int = 25_000_000,
+        tied: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.gradients = GradientBuffer(named, mesh, bucket_elements=bucket_elements, tied=tied, device=device)
+        self.names = [slot.name for slot in self.gradients.slots]
+        self.master = self.gradients.flat.new_zeros(self.gradients.shard_size)
         self.moments = {moment: torch.zeros_like(self.master) for moment in MOMENTS}
         self.copy_from_parameters()
-        groups, start = [], 0
-        for (scale, decays), members in groupby(keyed, key=lambda item: item[0]):
-            end = start + sum(p.numel() for _, _, p in members)
-            flat = nn.Parameter(self.master[start:end])
-            flat.grad = self.gradients.flat[start:end]
-            decay = config.weight_decay if decays else 0.0
-            groups.append({"params": [flat], "weight_decay": decay, "scale": scale, "range": (start, end)})
-            start = end
+        groups = [
+            {
+                "params": [self._with_gradient(start, end, shift) for start, end, shift in ranges],
+                "ranges": ranges,
+                "scale": scale,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (scale, decays), ranges in self._ranges(config).items()
+        ]
         betas = (config.beta1, config.beta2)
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True) if groups else None
         self._set_state(0)
+
+    def _ranges(self, config: OptimizerConfig) -> dict[tuple[float, bool], list[tuple[int, int, int]]]:
+        """By (learning-rate scale, decays): (start, end) in the shards, and how far ahead that is in the gradients."""
+        found: dict[tuple[float, bool], dict[int, list[tuple[int, int]]]] = {}
+        for slot in self.gradients.slots:
+            first, last = slot.covered
+            if first < last:
+                shift = slot.start + first - slot.offset
+                group = found.setdefault((lr_scale(slot.name, config), slot.parameter.dim() > 1), {})
+                group.setdefault(shift, []).append((slot.offset, slot.offset + last - first))
+        return {
+            key: [(start, end, shift) for shift, ranges in group.items() for start, end in joined(ranges)]
+            for key, group in found.items()
+        }
+
+    def _with_gradient(self, start: int, end: int, shift: int) -> nn.Parameter:
+        flat = nn.Parameter(self.master[start:end])
+        flat.grad = self.gradients.flat[start + shift : end + shift]
+        return flat
 
     def _set_state(self, steps: int) -> None:
         """Hand the flat moments, as of `steps` steps, to the fused optimizer."""
         if self.adamw is None:
             return
         for group in self.adamw.param_groups:
-            start, end = group["range"]
-            (flat,) = group["params"]
-            state = {moment: buffer[start:end] for moment, buffer in self.moments.items()}
-            self.adamw.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **state}
+            for flat, (start, end, _) in zip(group["params"], group["ranges"], strict=True):
+                state = {moment: buffer[start:end] for moment, buffer in self.moments.items()}
+                self.adamw.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **state}
 
     @torch.no_grad()
     def copy_from_parameters(self) -> None:
         """Take the masters from the parameters, at the start."""
-        for view, parameter in zip(split_like(self.master, self.parameters), self.parameters, strict=True):
-            view.copy_(parameter)
+        for slot in self.gradients.slots:
+            first, last = slot.covered
+            _of(slot, self.master).copy_(slot.parameter.reshape(-1)[first:last])
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        """Write the parameters, whole, from the masters of all dp ranks. A copy of one bucket exists at a time."""
+        dp = self.gradients.mesh.dp
+        for bucket, shard in zip(self.gradients.buckets, self._by_bucket(self.master), strict=True):
+            parameters = [slot.parameter for slot in bucket.slots]
+            dtype = reduce(torch.promote_types, [parameter.dtype for parameter in parameters])
+            whole = shard if dp.size == 1 else all_gather(shard.to(dtype), dp, 0)
+            torch._foreach_copy_(parameters, split_like(whole, parameters))
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One AdamW step at learning rate `lr` (times each group's scale); parameters are written back."""
-        if self.adamw is None:
-            return
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["scale"]
-        self.adamw.step()
-        torch._foreach_copy_(list(self.parameters), split_like(self.master, self.parameters))
+        if self.adamw is not None:
+            for group in self.adamw.param_groups:
+                group["lr"] = lr * group["scale"]
+            self.adamw.step()
+        self.copy_to_parameters()
 
     def named_state(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """(name, gradient, first moment, second moment) of every parameter, flat."""
-        sizes = [parameter.numel() for parameter in self.parameters]
-        buffers = (self.gradients.flat, *(self.moments[moment] for moment in MOMENTS))
-        return zip(self.names, *(buffer.split(sizes) for buffer in buffers), strict=True)
+        """(name, gradient, first moment, second moment), flat, of what this rank counts: sums over all ranks of the
+        mesh have every element once."""
+        for slot in self.gradients.slots:
+            for first, last in slot.counted:
+                own = slice(slot.offset + first - slot.covered[0], slot.offset + last - slot.covered[0])
+                grad = slot.grad.view(-1)[first:last]
+                yield slot.name, grad, self.moments["exp_avg"][own], self.moments["exp_avg_sq"][own]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Moments and masters by `KIND.PARAMETER`, each in the parameter's shape (views, not copies)."""
-        buffers = {"master": self.master, **self.moments}
-        return {
-            f"{kind}.{name}": view
-            for kind, flat in buffers.items()
-            for name, view in zip(self.names, split_like(flat, self.parameters), strict=True)
-        }
+    def shards(self) -> Iterator[tuple[str, str, tuple[int, int], Tensor]]:
+        """This rank's part of the state: (kind, parameter name, range, values) for each of KINDS and every parameter.
 
-    @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Continue from `state_dict`'s tensors after `steps` steps; parameters are written from the masters.
-
-        Raises UserError when the tensors are another model's or another set of trainable parameters.
+        The range [first, last) counts elements of the rank's (tp-local) parameter, flattened; it is (0, 0) where this
+        rank has none. The values [last - first] are views: write them and call `restored` to continue from others.
         """
-        mine = self.state_dict()
-        if mine.keys() != tensors.keys():
-            differing = sorted(mine.keys() ^ tensors.keys())
-            raise UserError(
-                f"the optimizer state does not fit the trainable parameters: {differing[:3]} on one side only"
-            )
-        for name, view in mine.items():
-            if tensors[name].shape != view.shape:
-                theirs = tuple(tensors[name].shape)
-                raise UserError(f"the optimizer state does not fit: {name} is {theirs}, here {tuple(view.shape)}")
-        for name, view in mine.items():
-            view.copy_(tensors[name])
+        for kind, buffer in zip(KINDS, (self.master, *self.moments.values()), strict=True):
+            for slot in self.gradients.slots:
+                yield kind, slot.name, slot.covered, _of(slot, buffer)
+
+    def restored(self, steps: int) -> None:
+        """The state that `shards` shows is as of `steps` steps now: write the parameters; every dp rank must call it."""
         self._set_state(steps)
-        if self.parameters:
-            torch._foreach_copy_(list(self.parameters), split_like(self.master, self.parameters))
+        self.copy_to_parameters()
+
+    def _by_bucket(self, buffer: Tensor) -> Sequence[Tensor]:
+        sizes = [len(shard) for shard in self.gradients.shards]
+        return buffer.split(sizes) if sizes else ()
+
+
+def _of(slot: Slot, buffer: Tensor) -> Tensor:
+    """The part of a tensor of this rank's shards that is the slot's."""
+    first, last = slot.covered
+    return buffer[slot.offset : slot.offset + last - first]
 
 
 def lr_scale(name: str, config: OptimizerConfig) -> float:

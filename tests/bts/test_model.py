@@ -155,7 +155,7 @@ def test_hub_preserving_start_is_the_hub_exactly_and_can_leave_it() -> None:
 
 
 def train(model: BTSModel, steps: int = 20) -> list[float]:
-    optimizer = MasterAdamW(((n, p) for n, p, _ in model.own_parameters()), OptimizerConfig(), ParallelMesh().dp)
+    optimizer = MasterAdamW(model.own_parameters(), OptimizerConfig(), ParallelMesh())
     losses = []
     for step in range(steps):
         optimizer.gradients.zero()

@@ -1,23 +1,22 @@
-"""AdamW on flat masters against torch.optim.AdamW; low precision, frozen parts, resume; data parallel ranks."""
+"""AdamW on flat masters against torch.optim.AdamW; low precision, frozen parts, resume. Ranks: parallel/test_ddp.py."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from megabts.config.run import OptimizerConfig, ParallelConfig
+from megabts.config.run import OptimizerConfig
 from megabts.errors import UserError
 from megabts.model.decoder import Decoder, sequence_loss
 from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled, lr_scale
 from megabts.optimizer.clip import clip_gradients
 from megabts.parallel.ddp import GradientBuffer
-from megabts.parallel.mesh import Axis, build_mesh
+from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.sharding import ParamMeta
 from tests.model.models import batch, decoder, distance
-from tests.ranks import run_ranks
 
-ONE = Axis("dp")
+ONE = ParallelMesh()
 STEPS = 5
 
 
@@ -25,6 +24,14 @@ def small(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3, bias=False))
     return model.to(dtype)
+
+
+def named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
+    return ((name, p, ParamMeta(tuple(p.shape))) for name, p in model.named_parameters())
+
+
+def state(optimizer: MasterAdamW) -> dict[str, Tensor]:
+    return {f"{kind}.{name}": values for kind, name, _, values in optimizer.shards()}
 
 
 def gradient_of(model: nn.Module, step: int) -> None:
@@ -35,7 +42,7 @@ def gradient_of(model: nn.Module, step: int) -> None:
 def train(
     model: nn.Module, config: OptimizerConfig, steps: Iterable[int], optimizer: MasterAdamW | None = None
 ) -> MasterAdamW:
-    optimizer = optimizer or MasterAdamW(model.named_parameters(), config, ONE)
+    optimizer = optimizer or MasterAdamW(named(model), config, ONE, bucket_elements=60)
     for step in steps:
         optimizer.gradients.zero()
         gradient_of(model, step)
@@ -53,10 +60,10 @@ def test_ten_steps_equal_torch() -> None:
     ours, theirs = small(), small()
     train(ours, config, range(10))
 
-    named = dict(theirs.named_parameters())
+    theirs_named = dict(theirs.named_parameters())
     groups = [
         {"params": [p], "weight_decay": 0.3 if p.dim() > 1 else 0.0, "scale": 0.5 if n.startswith("3.") else 1.0}
-        for n, p in named.items()
+        for n, p in theirs_named.items()
     ]
     plain = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, foreach=False)
     for step in range(10):
@@ -66,13 +73,13 @@ def test_ten_steps_equal_torch() -> None:
             group["lr"] = rate(step) * group["scale"]
         plain.step()
     for name, parameter in ours.named_parameters():
-        assert distance(parameter, named[name]) < 2e-6, name
+        assert distance(parameter, theirs_named[name]) < 2e-6, name
 
 
 def test_only_matrices_decay() -> None:
     model = small()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(weight_decay=0.5), ONE)
+    optimizer = MasterAdamW(named(model), OptimizerConfig(weight_decay=0.5), ONE)
     optimizer.step(0.1)  # without gradients only decay moves anything
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[name] * (0.95 if parameter.dim() > 1 else 1.0))
@@ -81,7 +88,7 @@ def test_only_matrices_decay() -> None:
 def test_updates_below_bfloat16_resolution_accumulate_in_the_masters() -> None:
     model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(model.weight)
-    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(weight_decay=0.0), ONE)
+    optimizer = MasterAdamW(named(model), OptimizerConfig(weight_decay=0.0), ONE)
     values = []
     for _ in range(100):  # each step moves by 1e-4; bfloat16 near 1 has steps of 4e-3
         optimizer.gradients.zero()
@@ -96,13 +103,13 @@ def test_updates_below_bfloat16_resolution_accumulate_in_the_masters() -> None:
 
 def test_gradients_of_low_precision_accumulate_in_float32() -> None:
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    buffer = GradientBuffer([weight], ONE)
+    buffer = GradientBuffer([("weight", weight, ParamMeta((1,)))], ONE)
     for value in [256.0] + [1.0] * 8:  # in bfloat16 256 + 1 is 256
         (weight * value).sum().backward()
         assert weight.grad is None
     assert buffer.flat.tolist() == [264.0]
     buffer.zero()
-    assert buffer.views[0].tolist() == [0.0]
+    assert buffer.slots[0].grad.tolist() == [0.0]
 
 
 def test_double_precision_stays_double() -> None:
@@ -133,86 +140,51 @@ def test_a_pattern_without_a_parameter_is_refused() -> None:
 
 def test_nothing_to_train_is_not_an_error() -> None:
     model = small().requires_grad_(False)
-    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(), ONE)
+    optimizer = MasterAdamW(named(model), OptimizerConfig(), ONE)
     optimizer.step(0.1)
-    optimizer.load_state_dict(optimizer.state_dict(), 1)
-    assert optimizer.state_dict() == {}
+    optimizer.restored(1)
+    assert optimizer.names == []
+    assert state(optimizer) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumed_training_is_bit_equal(dtype: torch.dtype) -> None:
     config = OptimizerConfig(lr_scale={"3.*": 0.5})
     whole = small(dtype)
-    expected = train(whole, config, range(6)).state_dict()
+    expected = state(train(whole, config, range(6)))
 
     first, second = small(dtype), small(dtype)
-    saved = {name: x.clone() for name, x in train(first, config, range(3)).state_dict().items()}
+    saved = {name: x.clone() for name, x in state(train(first, config, range(3))).items()}
     assert set(saved) == {f"{k}.{n}" for k in ("master", "exp_avg", "exp_avg_sq") for n, _ in first.named_parameters()}
     optimizer = train(second, config, range(1))  # another state, to be forgotten
-    optimizer.load_state_dict(saved, 3)
+    for name, values in state(optimizer).items():
+        values.copy_(saved[name])
+    optimizer.restored(3)
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
 
     train(second, config, range(3, 6), optimizer)
-    assert all(torch.equal(x, expected[name]) for name, x in optimizer.state_dict().items())
+    assert all(torch.equal(x, expected[name]) for name, x in state(optimizer).items())
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters()))
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
-    def without(name: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda state: state.pop(name)
-
-    cases: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-        (without("master.0.bias"), r"\['master.0.bias'\] on one side only"),
-        (lambda state: state.update({"master.new": torch.ones(1)}), r"\['master.new'\] on one side only"),
-        (lambda state: state.update({"exp_avg.0.bias": torch.ones(1)}), r"exp_avg.0.bias is \(1,\), here \(8,\)"),
-    ]
-    for damage, message in cases:
-        optimizer = train(small(), OptimizerConfig(), range(2))
-        before = optimizer.master.clone()
-        state = {name: torch.zeros_like(x) for name, x in optimizer.state_dict().items()}
-        damage(state)
-        with pytest.raises(UserError, match=message):
-            optimizer.load_state_dict(state, 1)
-        assert torch.equal(optimizer.master, before)
-
-
-def train_decoder(dp: Axis, micro_batches: int, **sizes: Any) -> dict[str, Tensor]:
-    """The parameters after STEPS steps on 8 samples a step, this rank's share in micro-batches."""
-    model: Decoder = decoder(**sizes)
-    optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(eps=1e-4), dp)
-    share = 8 // dp.size
+def train_decoder(micro_batches: int) -> dict[str, Tensor]:
+    """The parameters after STEPS steps on 8 samples a step, in micro-batches."""
+    model: Decoder = decoder()
+    optimizer = MasterAdamW(model.own_parameters(), OptimizerConfig(eps=1e-4), ONE, bucket_elements=5000)
     for _ in range(STEPS):
         tokens, labels, mask = batch(size=8)
-        count = mask.sum()
-        mine = slice(dp.rank * share, (dp.rank + 1) * share)
         optimizer.gradients.zero()
-        for part in zip(*(x[mine].chunk(micro_batches) for x in (tokens, labels, mask))):
-            (sequence_loss(model, *part) / count).backward()
+        for part in zip(*(x.chunk(micro_batches) for x in (tokens, labels, mask))):
+            sequence_loss(model, *part).backward()
         optimizer.gradients.sync()
-        clip_gradients(optimizer.gradients.flat, 1.0)
+        optimizer.gradients.divide(mask.sum().item())
+        clip_gradients(optimizer.gradients, 1.0)
         optimizer.step(0.01)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def on_rank(rank: int, size: int) -> list[dict[str, Tensor]]:
-    dp = build_mesh(ParallelConfig(), size, rank).dp
-    return [train_decoder(dp, 1), train_decoder(dp, 2, tie_embeddings=True)]
-
-
-def test_data_parallel_ranks_equal_one_rank_with_the_whole_batch() -> None:
-    ranks = run_ranks(2, on_rank, 2)
-    cases: list[dict[str, Any]] = [{}, {"tie_embeddings": True}]
-    for case, sizes in enumerate(cases):
-        expected = train_decoder(ONE, 1, **sizes)
-        start = dict(decoder(**sizes).named_parameters())
-        for name, parameter in expected.items():
-            assert torch.equal(ranks[0][case][name], ranks[1][case][name])
-            assert distance(ranks[0][case][name], parameter) < 2e-6, name
-            assert distance(start[name], parameter) > 1e-3
-
-
 def test_accumulated_micro_batches_equal_one_batch() -> None:
-    expected = train_decoder(ONE, 1)
+    expected = train_decoder(1)
     for micro_batches in (2, 8):
-        for name, parameter in train_decoder(ONE, micro_batches).items():
+        for name, parameter in train_decoder(micro_batches).items():
             assert distance(parameter, expected[name]) < 2e-6, name

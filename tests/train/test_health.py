@@ -29,11 +29,11 @@ def test_health_is_logged_every_so_many_steps(data: Path, blend: dict[str, float
 
 def test_figures_against_a_direct_computation(data: Path, blend: dict[str, float]) -> None:
     run = build(arguments("", blend, train__steps=10))
-    for state in (*run.optimizer.moments.values(), run.optimizer.gradients.flat):
-        state.uniform_(0.1, 1)
+    for buffer in (*run.optimizer.moments.values(), run.optimizer.gradients.flat):
+        buffer.uniform_(0.1, 1)
     figures = adam_health(run.optimizer, AdamMonitor(), 100)
-    state = run.optimizer.state_dict()
-    views = dict(zip(run.optimizer.names, run.optimizer.gradients.views, strict=True))
+    state = {f"{kind}.{name}": values for kind, name, _, values in run.optimizer.shards()}
+    views = {slot.name: slot.grad for slot in run.optimizer.gradients.slots}
     names = [name for name in run.optimizer.names if name.startswith("layers.1.")]
     ratio = torch.cat(
         [
