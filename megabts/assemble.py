@@ -15,8 +15,9 @@ from torch import Tensor
 from megabts.bts.build import add_expert, member_records, open_members, remove_expert
 from megabts.bts.model import BTSModel
 from megabts.build import StoredModel, make_backend, open_model
-from megabts.checkpoint.folder import load_tensors, write_checkpoint
+from megabts.checkpoint.folder import write_checkpoint
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord
+from megabts.checkpoint.reader import load_tensors
 from megabts.checkpoint.source import CONFIG_FILE, check_same_shape, open_dense
 from megabts.config.load import to_yaml
 from megabts.config.methods import HUB, BTSConfig

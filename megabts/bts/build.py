@@ -4,7 +4,7 @@ A BTS checkpoint holds the stitches alone; its manifest names the members with t
 and removing work on the stitches' tensors by name and touch no member's weights and no other expert's slices.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +12,11 @@ from torch import Tensor
 
 from megabts.bts.model import BTSModel, member_of
 from megabts.checkpoint.manifest import MemberRecord
-from megabts.checkpoint.source import DenseSource, check_same_shape, open_dense
+from megabts.checkpoint.source import DenseSource, check_same_shape, load_weights, open_dense
 from megabts.config.methods import HUB, BTSConfig
 from megabts.errors import UsageError, UserError
 from megabts.parallel.mesh import ParallelMesh
-from megabts.parallel.sharding import load_full, named_metas
-
-HEAD_ONLY = ("final_norm.", "head.")
-"""Parameters that only the hub runs."""
+from megabts.parallel.sharding import Shapes, named_metas
 
 
 def open_members(bts: BTSConfig, opened: Mapping[str, DenseSource] | None = None) -> dict[str, DenseSource]:
@@ -47,13 +44,13 @@ def with_members(bts: BTSConfig, folders: Mapping[str, Path]) -> BTSConfig:
     return replace(bts, hub=paths.pop(HUB), experts=paths)
 
 
-def load_member(
-    model: BTSModel, name: str, weights: Iterable[tuple[str, Tensor]], mesh: ParallelMesh, source: str
-) -> None:
-    """Copy one member's weights into the model; an expert's final norm and head are passed over."""
-    if name != HUB:
-        weights = ((key, tensor) for key, tensor in weights if not key.startswith(HEAD_ONLY))
-    load_full(named_metas(model.members[name]), weights, mesh, source)
+def load_member(model: BTSModel, name: str, folder: Path, whole: Shapes, mesh: ParallelMesh) -> None:
+    """Copy one member's weights into the model; those that it does not run here (an expert's final norm and head, other
+    ranks' layers) are passed over.
+
+    `whole`: full shapes of a whole dense model. Raises UserError when the folder holds another one.
+    """
+    load_weights(folder, named_metas(model.members[name]), whole, mesh)
 
 
 def remove_expert(bts: BTSConfig, stitches: dict[str, Tensor], name: str) -> tuple[BTSConfig, dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """One checkpoint folder: written whole or not at all, read with every byte checked.
 
-All files go into the hidden folder `.NAME.tmp`, hashed while written and synced; the manifest comes last; a rename
-gives the folder its name. An older folder of that name waits as `.NAME.old` until the new one is in place.
+All files go into the hidden folder `.NAME.tmp`, hashed while written and synced, by one process or by many; the
+manifest comes last; a rename gives the folder its name. An older folder of that name waits as `.NAME.old` until the
+new one is in place.
 """
 
 import errno
@@ -12,16 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megabts.checkpoint.durable import beside, remove_tree, sync_folder, write_file
-from megabts.checkpoint.manifest import (
-    MANIFEST,
-    CheckpointError,
-    MemberRecord,
-    read_manifest,
-    write_manifest,
-)
+from megabts.checkpoint.durable import FileRecord, beside, remove_tree, sync_folder, write_file
+from megabts.checkpoint.manifest import MANIFEST, CheckpointError, MemberRecord, write_manifest
+from megabts.checkpoint.pieces import Tables
 from megabts.checkpoint.safetensors_writer import serialize, serialized_size
 
 MANIFEST_ALLOWANCE = 1 << 16
@@ -37,53 +32,91 @@ def write_checkpoint(
     state: Mapping[str, Any],
     members: Sequence[MemberRecord] = (),
 ) -> None:
-    """Write one checkpoint folder, durably and all or nothing; an existing one of that name is replaced.
+    """Write one checkpoint folder from one process, durably and all or nothing; an existing one is replaced.
 
-    `files`: tensors by file name, then by tensor name, on any device. `blobs`: contents of small files by name inside
-    (`tokenizer/tokenizer.json`). `state`: JSON data. `members`: with absolute paths.
+    `files`: full tensors by file name, then by tensor name, on any device. `blobs`: contents of small files by name
+    inside (`tokenizer/tokenizer.json`). `state`: JSON data. `members`: with absolute paths.
     Raises CheckpointError (no space, disk failure, bad name); nothing is left behind then.
     """
     folder = Path(folder)
-    _check_names([*files, *blobs], folder)
-    sources: dict[str, Iterable[bytes | memoryview]] = {name: serialize(tensors) for name, tensors in files.items()}
-    sources |= {name: [content] for name, content in blobs.items()}
-    aside = beside(folder, "tmp")
-    needed = 0
+    needed = space_needed(files, blobs)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_tree(aside)
-        needed = _space_needed(files, blobs)
-        if needed > shutil.disk_usage(folder.parent).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        aside.mkdir()
-        records = {}
-        for name, chunks in sources.items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            records[name] = write_file(aside / name, chunks)
-        write_manifest(aside, folder, records, state, members)
-        for inner in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
-            sync_folder(inner)
-        _publish(aside, folder)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"checkpoint {folder} not saved: {_reason(error, folder, needed)}") from error
+        begin_folder(folder, [*files, *blobs], needed)
+        records = write_files(folder, files, blobs, needed)
+        finish_folder(folder, records, {}, state, members)
+    except BaseException:
+        abandon_folder(folder)
         raise
 
 
-def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Tensors of the file `name` of a verified checkpoint (`resolve`), on the CPU.
-
-    Raises CheckpointError when the manifest does not list it, or it is no safetensors file.
-    """
-    folder = Path(folder)
-    if name not in read_manifest(folder).files:
-        raise CheckpointError(f"checkpoint {folder} was saved without {name}; use another one or do not ask for it")
+def begin_folder(folder: Path, names: Sequence[str], needed: int) -> None:
+    """Make the empty hidden folder for the files `names`, of `needed` bytes. Raises CheckpointError."""
+    _check_names(names, folder)
+    aside = beside(folder, "tmp")
     try:
-        with safe_open(folder / name, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {name}: {error}; use another step") from error
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_tree(aside)
+        if needed > shutil.disk_usage(folder.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        aside.mkdir()
+        for inner in dict.fromkeys((aside / name).parent for name in names):
+            inner.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_saved(error, folder, needed) from error
+
+
+def write_files(folder: Path, files: TensorFiles, blobs: Mapping[str, bytes], needed: int) -> dict[str, FileRecord]:
+    """Write these files into the hidden folder that `begin_folder` made; what the manifest must say of them.
+
+    `needed`: bytes of the whole checkpoint, for the message. Raises CheckpointError, UserError for a bad tensor; the
+    files of this call are gone then.
+    """
+    sources: dict[str, Iterable[bytes | memoryview]] = {name: serialize(tensors) for name, tensors in files.items()}
+    sources |= {name: [content] for name, content in blobs.items()}
+    aside, records = beside(folder, "tmp"), {}
+    try:
+        for name, chunks in sources.items():
+            records[name] = write_file(aside / name, chunks)
+    except BaseException as error:
+        for name in sources:
+            _remove(aside / name)
+        if isinstance(error, OSError):
+            raise _not_saved(error, folder, needed) from error
+        raise
+    return records
+
+
+def finish_folder(
+    folder: Path,
+    records: Mapping[str, FileRecord],
+    tables: Tables,
+    state: Mapping[str, Any],
+    members: Sequence[MemberRecord],
+) -> None:
+    """Add the manifest to the hidden folder, whose files are all written, and give it its name. Raises CheckpointError.
+
+    `tables`: where the pieces of tensors are that lie in several files.
+    """
+    aside = beside(folder, "tmp")
+    needed = sum(record.bytes for record in records.values()) + MANIFEST_ALLOWANCE
+    try:
+        write_manifest(aside, folder, records, state, members, tables)
+        for inner in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+            sync_folder(inner)
+        _publish(aside, folder)
+    except OSError as error:
+        raise _not_saved(error, folder, needed) from error
+
+
+def abandon_folder(folder: Path) -> None:
+    """Remove the hidden folder of a checkpoint that is not going to be finished."""
+    shutil.rmtree(beside(folder, "tmp"), ignore_errors=True)
+
+
+def space_needed(files: TensorFiles, blobs: Mapping[str, bytes]) -> int:
+    """Bytes that a checkpoint of these files takes on disk."""
+    sizes = [serialized_size(tensors) for tensors in files.values()]
+    return sum(sizes) + sum(map(len, blobs.values())) + MANIFEST_ALLOWANCE
 
 
 def _publish(aside: Path, folder: Path) -> None:
@@ -109,10 +142,15 @@ def _check_names(names: Sequence[str], folder: Path) -> None:
             raise CheckpointError(f"checkpoint {folder}: '{name}' cannot be a file in it; use unique relative names")
 
 
-def _space_needed(files: TensorFiles, blobs: Mapping[str, bytes]) -> int:
-    """Bytes the checkpoint takes on disk."""
-    sizes = [serialized_size(tensors) for tensors in files.values()]
-    return sum(sizes) + sum(map(len, blobs.values())) + MANIFEST_ALLOWANCE
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # the whole hidden folder goes next
+
+
+def _not_saved(error: OSError, folder: Path, needed: int) -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder} not saved: {_reason(error, folder, needed)}")
 
 
 def _reason(error: OSError, folder: Path, needed: int) -> str:

@@ -1,8 +1,9 @@
 """What a checkpoint folder says of itself: `manifest.json`.
 
 It holds the format and program version, the training state (JSON), the members of a stitched model and, for every other
-file, its sha256 and size, plus the sha256 of its own content. It is written last, so a folder with a valid manifest is
-a whole checkpoint. Neither safetensors nor torch notices a flipped bit, so everything is checked here.
+file, its sha256 and size, plus the sha256 of its own content. Where several ranks wrote, it says of every tensor which
+of its elements lie in which file (see `pieces`). It is written last, so a folder with a valid manifest is a whole
+checkpoint. Neither safetensors nor torch notices a flipped bit, so everything is checked here.
 Weights of members are not copied: a member is recorded by place and content hash, and checked before use.
 """
 
@@ -18,11 +19,13 @@ import megabts
 from megabts.checkpoint.durable import FileRecord, hash_chunks, read_chunks, write_file
 from megabts.checkpoint.hf import hf_content_hash
 from megabts.checkpoint.hf_config import is_hf_folder
+from megabts.checkpoint.pieces import Tables, TensorRecord, tables_to_json
 from megabts.errors import UserError
 
 MANIFEST = "manifest.json"
 MODEL_FILE = "model.safetensors"
-FORMAT = 1
+FORMAT = 2
+"""Newest format. 1: every tensor file holds full tensors, which stays so for what one rank wrote."""
 OWN_HASH = "manifest_sha256"
 
 
@@ -54,6 +57,8 @@ class Manifest:
     """Members with absolute paths, in order."""
     files: dict[str, FileRecord]
     """Every other file of the folder, by its relative name."""
+    tensors: Tables
+    """Of each set of tensors that lies in several files, where; a set without an entry is one file of full tensors."""
 
 
 def write_manifest(
@@ -62,15 +67,18 @@ def write_manifest(
     files: Mapping[str, FileRecord],
     state: Mapping[str, Any],
     members: Sequence[MemberRecord],
+    tensors: Tables,
 ) -> None:
-    """Write `folder/manifest.json` for a checkpoint that is going to live at `place`."""
+    """Write `folder/manifest.json` for a checkpoint that is going to live at `place`. See `Manifest` for the rest."""
     content = {
-        "format": FORMAT,
+        "format": FORMAT if tensors else 1,
         "megabts": megabts.__version__,
         "state": dict(state),
         "members": [{**asdict(member), "path": stored_path(Path(member.path), place)} for member in members],
         "files": {name: asdict(record) for name, record in files.items()},
     }
+    if tensors:
+        content["tensors"] = tables_to_json(tensors)
     try:
         content = json.loads(json.dumps(content))
     except TypeError as error:
@@ -93,18 +101,25 @@ def read_manifest(folder: Path) -> Manifest:
         # The comparison of the text catches changes that mean the same in JSON, such as 1e-5 for 1E-5.
         intact = recorded == _own_hash(raw) and text == _render({**raw, OWN_HASH: recorded})
     except OSError as error:
-        raise _damaged(folder, MANIFEST, error.strerror or str(error)) from error
+        raise damaged(folder, MANIFEST, error.strerror or str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, MANIFEST, "not readable") from error
+        raise damaged(folder, MANIFEST, "not readable") from error
     if not intact:
-        raise _damaged(folder, MANIFEST, "its content does not match its own hash")
-    if raw["format"] != FORMAT:
+        raise damaged(folder, MANIFEST, "its content does not match its own hash")
+    if raw["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{path} has format {raw['format']}, this megabts reads {FORMAT}; use megabts {raw['megabts']}"
+            f"{path} has format {raw['format']}, this megabts reads 1 to {FORMAT}; use megabts {raw['megabts']}"
         )
     members = [MemberRecord(**{**member, "path": _absolute(member["path"], folder)}) for member in raw["members"]]
     files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-    return Manifest(raw["megabts"], raw["state"], tuple(members), files)
+    try:
+        tensors = {
+            name: {key: TensorRecord.from_json(key, record) for key, record in table.items()}
+            for name, table in raw.get("tensors", {}).items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, MANIFEST, str(error)) from error
+    return Manifest(raw["megabts"], raw["state"], tuple(members), files, tensors)
 
 
 def verify(folder: Path) -> Manifest:
@@ -121,25 +136,29 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> None:
     try:
         size = path.stat().st_size
         if size != record.bytes:
-            raise _damaged(folder, name, f"{size} bytes instead of {record.bytes}")
+            raise damaged(folder, name, f"{size} bytes instead of {record.bytes}")
         if hash_chunks(read_chunks(path)) != record.sha256:
-            raise _damaged(folder, name, "its content does not match its sha256")
+            raise damaged(folder, name, "its content does not match its sha256")
     except OSError as error:
-        raise _damaged(folder, name, error.strerror or str(error)) from error
+        raise damaged(folder, name, error.strerror or str(error)) from error
 
 
 def content_hash(folder: Path) -> str:
-    """One hash for the weights of a model folder: of its own model file and of its members. Reads the manifest only.
+    """One hash for the weights of a model folder: of its own model files and of its members. Reads the manifest only.
 
-    A Hugging Face folder has no manifest, so its files are read and hashed.
+    The same weights in other files (saved by another number of ranks) have another hash. A Hugging Face folder has no
+    manifest, so its files are read and hashed.
     """
     folder = Path(folder)
     if is_hf_folder(folder):
         return hf_content_hash(folder)
     manifest = read_manifest(folder)
-    if MODEL_FILE not in manifest.files:
-        raise _damaged(folder, MODEL_FILE, "the manifest does not list it")
-    parts = [manifest.files[MODEL_FILE].sha256, *(member.content_hash for member in manifest.members)]
+    records = manifest.tensors.get(MODEL_FILE, {}).values()
+    names = {piece.file for record in records for piece in record.pieces} or {MODEL_FILE}
+    if not names <= manifest.files.keys():
+        raise damaged(folder, min(names), "the manifest does not list it")
+    files = [manifest.files[name].sha256 for name in sorted(names)]
+    parts = [*files, *(member.content_hash for member in manifest.members)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -182,5 +201,6 @@ def _render(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def _damaged(folder: Path, name: str, why: str) -> CheckpointError:
+def damaged(folder: Path, name: str, why: str) -> CheckpointError:
+    """The error for something in a checkpoint that is not as it was written."""
     return CheckpointError(f"checkpoint {folder} is damaged: {name}: {why}; use another step or restore the file")

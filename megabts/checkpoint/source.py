@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from megabts.checkpoint.folder import load_tensors
 from megabts.checkpoint.hf import weights_from_hf
 from megabts.checkpoint.hf_config import config_from_hf, is_hf_folder
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, check_member, content_hash, read_manifest
+from megabts.checkpoint.reader import TensorReader
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError, UserError
+from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.sharding import NamedParameters, Shapes, check_fit, load_full, load_slices
 from megabts.tokenizers.build import find_tokenizer
 
 CONFIG_FILE = "config.yaml"
@@ -36,10 +38,26 @@ class DenseSource:
     """"" when unknown."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters by megabts name, in the stored type."""
+        """All full parameters by megabts name, one at a time, in the stored type."""
         if is_hf_folder(self.folder):
-            return weights_from_hf(self.folder)
-        return iter(load_tensors(self.folder, MODEL_FILE).items())
+            yield from weights_from_hf(self.folder)
+        else:
+            with TensorReader(self.folder, MODEL_FILE) as reader:
+                yield from reader.items()
+
+
+def load_weights(folder: Path, parameters: NamedParameters, whole: Shapes, mesh: ParallelMesh) -> None:
+    """Copy the weights of a verified checkpoint or Hugging Face folder into this rank's slices of `parameters`.
+
+    `whole`: full shapes of the model that `parameters` is a part of, or a pruned form of; the folder must hold exactly
+    these. Raises UserError before anything is copied (from a Hugging Face folder: while it is).
+    """
+    if is_hf_folder(folder):
+        load_full(parameters, weights_from_hf(folder), mesh, str(folder), whole)
+        return
+    with TensorReader(folder, MODEL_FILE) as reader:
+        check_fit(reader.shapes, whole, str(folder))
+        load_slices(parameters, reader, mesh)
 
 
 def open_dense(path: str | Path, known_hash: str = "") -> DenseSource:

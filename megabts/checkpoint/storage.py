@@ -6,7 +6,7 @@ files (`config.yaml`, a tokenizer's). No pickle: opening a stranger's checkpoint
 
 Saving writes the new folder, then replaces `latest`, then deletes older steps, and only if the new one reads back
 right; a crash at any point leaves the previous step or the new one. The next save removes what a crash left behind.
-Limits: one writer per run folder (take a `RunLock`); each file is written by one process, from full tensors.
+Limit: one run per run folder (take a `RunLock`); `saver` leads its ranks through a save.
 """
 
 import logging
@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megabts.checkpoint.durable import beside, remove_tree, replace_text
-from megabts.checkpoint.folder import TensorFiles, write_checkpoint
+from megabts.checkpoint.durable import FileRecord, beside, remove_tree, replace_text
+from megabts.checkpoint.folder import begin_folder, finish_folder
 from megabts.checkpoint.manifest import MANIFEST, CheckpointError, MemberRecord, verify
-from megabts.errors import UserError
+from megabts.checkpoint.pieces import Tables
 
 LATEST = "latest"
 STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -32,34 +32,44 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save_step(
+def begin_step(run_dir: Path, step: int, names: Sequence[str], needed: int) -> Path:
+    """Make room for `step` in a run folder: the files `names`, of `needed` bytes together. Returns its folder to be.
+
+    Raises CheckpointError when there is no space or the disk fails; the steps saved before are untouched then.
+    """
+    folder = Path(run_dir) / step_name(step)
+    try:
+        _clean_up(Path(run_dir))
+    except OSError as error:
+        raise _not_brought_up(error, Path(run_dir), step) from error
+    begin_folder(folder, names, needed)
+    return folder
+
+
+def publish_step(
     run_dir: Path,
     step: int,
-    files: TensorFiles,
-    blobs: Mapping[str, bytes],
+    records: Mapping[str, FileRecord],
+    tables: Tables,
     state: Mapping[str, Any],
     members: Sequence[MemberRecord] = (),
     *,
     keep_last: int | None = None,
 ) -> Path:
-    """Save `step` into a run folder (see `write_checkpoint`), point `latest` to it, keep `keep_last` steps (None: all).
+    """Give `step`, whose files are all written, its name, point `latest` to it, keep `keep_last` steps (None: all).
 
     Deletes only steps before this one, never those beyond it (of a run that was set back). Returns the folder.
-    Raises CheckpointError when there is no space or the disk fails; the steps saved before are untouched then.
+    Raises CheckpointError when the disk fails or what was written reads back wrong; older steps are untouched then.
     """
-    if keep_last is not None and keep_last < 1:
-        raise UserError(f"keep_last is {keep_last}; keep at least 1 step, or all (none)")
     run_dir = Path(run_dir)
     folder = run_dir / step_name(step)
+    finish_folder(folder, records, tables, {**state, "step": step}, members)
     try:
-        _clean_up(run_dir)
-        write_checkpoint(folder, files, blobs, {**state, "step": step}, members)
         replace_text(run_dir / LATEST, folder.name + "\n")
         if keep_last is not None:
             _delete_old(run_dir, step, keep_last)
     except OSError as error:
-        what = f"{error.strerror or error} ({error.filename or run_dir})"
-        raise CheckpointError(f"run folder {run_dir} not brought up to step {step}: {what}; check the disk") from error
+        raise _not_brought_up(error, run_dir, step) from error
     return folder
 
 
@@ -142,6 +152,11 @@ def _clean_up(run_dir: Path) -> None:
         else:
             log.warning("removing %s, left by an interrupted save", leftover)
             remove_tree(leftover)
+
+
+def _not_brought_up(error: OSError, run_dir: Path, step: int) -> CheckpointError:
+    what = f"{error.strerror or error} ({error.filename or run_dir})"
+    return CheckpointError(f"run folder {run_dir} not brought up to step {step}: {what}; check the disk")
 
 
 def _delete_old(run_dir: Path, newest: int, keep_last: int) -> None:

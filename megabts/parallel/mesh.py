@@ -52,6 +52,11 @@ class ParallelMesh:
         return prod(getattr(self, name).size for name in AXES)
 
     @property
+    def world(self) -> Axis:
+        """All ranks, as one axis (of the default group)."""
+        return Axis("world", self.world_size, self.rank, None, tuple(range(self.world_size)))
+
+    @property
     def rank(self) -> int:
         """This rank's number in the grid."""
         number = 0

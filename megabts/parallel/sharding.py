@@ -10,9 +10,9 @@ attention).
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,8 @@ def named_metas(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamMet
 
 
 NamedParameters = Iterable[tuple[str, nn.Parameter, ParamMeta]]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Full shapes by name."""
 
 
 @torch.no_grad()
@@ -140,24 +142,61 @@ def initialise(parameters: NamedParameters, seed: int, mesh: ParallelMesh) -> No
         parameter.copy_(meta.shard(meta.initial(name, seed), mesh.axis(meta.axis)))
 
 
+class SliceReader(Protocol):
+    """Where tensors are read from by slices."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the full tensors, by name."""
+
+    def read_slice(self, name: str, meta: ParamMeta, axis: Axis) -> Tensor:
+        """What a rank of `axis` holds of the tensor."""
+        ...
+
+
 @torch.no_grad()
 def load_full(
     parameters: NamedParameters,
     tensors: Iterable[tuple[str, Tensor]],
     mesh: ParallelMesh,
     source: str,
+    whole: Shapes | None = None,
 ) -> None:
     """Copy full tensors, by name and one at a time, into this rank's slices of `parameters`.
 
-    Raises UserError naming `source` and the tensor when names or shapes differ.
+    `whole`: full shapes of all parameters of the model of which `parameters` is a part; tensors of the other parts are
+    passed over. Raises UserError naming `source` and the tensor when names or shapes differ.
     """
-    waiting = {name: (parameter, meta) for name, parameter, meta in parameters}
+    mine = {name: (parameter, meta) for name, parameter, meta in parameters}
+    waiting = dict(whole) if whole is not None else {name: meta.shape for name, (_, meta) in mine.items()}
     for name, tensor in tensors:
         if name not in waiting:
             raise UserError(f"{source} does not fit the model: it has {name}, which the model lacks or has had already")
-        parameter, meta = waiting.pop(name)
-        if tuple(tensor.shape) != meta.shape:
-            raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model {meta.shape}")
-        parameter.copy_(meta.shard(tensor, mesh.axis(meta.axis)))
+        _check_shape(source, name, tensor.shape, waiting.pop(name))
+        if name in mine:
+            parameter, meta = mine[name]
+            parameter.copy_(meta.shard(tensor, mesh.axis(meta.axis)))
     if waiting:
         raise UserError(f"{source} does not fit the model: it lacks {sorted(waiting)[0]} ({len(waiting)} such)")
+
+
+@torch.no_grad()
+def load_slices(parameters: NamedParameters, reader: SliceReader, mesh: ParallelMesh) -> None:
+    """Copy this rank's slices into `parameters`, whose names and shapes were checked (`check_fit`)."""
+    for name, parameter, meta in parameters:
+        parameter.copy_(reader.read_slice(name, meta, mesh.axis(meta.axis)))
+
+
+def check_fit(found: Shapes, whole: Shapes, source: str) -> None:
+    """Raise UserError naming `source` unless the tensors it has are, by name and shape, those of a whole model."""
+    for name, shape in found.items():
+        if name not in whole:
+            raise UserError(f"{source} does not fit the model: it has {name}, which the model lacks")
+        _check_shape(source, name, shape, whole[name])
+    missing = sorted(whole.keys() - found.keys())
+    if missing:
+        raise UserError(f"{source} does not fit the model: it lacks {missing[0]} ({len(missing)} such)")
+
+
+def _check_shape(source: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise UserError(f"{source}: {name} has shape {tuple(found)}, the model {tuple(wanted)}")

@@ -4,21 +4,27 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megabts.checkpoint.folder import load_tensors
+import torch
+
+from megabts.build import Built, full_shapes, whole_model
 from megabts.checkpoint.manifest import MODEL_FILE, read_manifest
-from megabts.checkpoint.source import CONFIG_FILE
-from megabts.checkpoint.storage import save_step
+from megabts.checkpoint.pieces import Piece
+from megabts.checkpoint.reader import TensorReader
+from megabts.checkpoint.saver import Saver
+from megabts.checkpoint.source import CONFIG_FILE, load_weights
 from megabts.config.load import differing_keys, from_yaml, to_yaml
 from megabts.config.run import RunConfig
 from megabts.errors import UserError
+from megabts.optimizer.adamw import KINDS, freeze_unscaled
 from megabts.optimizer.stability import SpikeGuard
-from megabts.parallel.sharding import load_full
+from megabts.parallel.sharding import ParamMeta, check_fit
 from megabts.tokenizers.protocol import checkpoint_files
 from megabts.train.setup import Run
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+EMBEDDING = "embedding.weight"
 FIXED = (
     "method",
     "model.",
@@ -35,8 +41,14 @@ FREE = {"data.valid", "data.cache", "data.tokenizer", "model.preset", "bts.hub",
 """Exceptions: names of places. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
 
 
-def save(run: Run, run_dir: Path, step: int, guard: SpikeGuard) -> Path:
-    """Save the run after `step` steps; for the first rank alone. Raises CheckpointError."""
+def make_saver(run: Run, run_dir: Path) -> Saver:
+    """What saves this rank's share of the run."""
+    settings = run.config.checkpoint
+    return Saver(run_dir, run.mesh.rank, keep_last=settings.keep or None, asynchronous=settings.asynchronous)
+
+
+def start_save(saver: Saver, run: Run, step: int, guard: SpikeGuard) -> None:
+    """Start saving the run after `step` steps; called by every rank."""
     config = run.config
     state = {
         "consumed_samples": step * config.train.global_batch,
@@ -44,17 +56,26 @@ def save(run: Run, run_dir: Path, step: int, guard: SpikeGuard) -> Path:
         "tokenizer_fingerprint": run.tokenizer.fingerprint if run.tokenizer else "",
         "guard": guard.state_dict(),
     }
-    weights = {name: parameter.detach() for name, parameter, _ in run.model.own_parameters()}
-    files = {MODEL_FILE: weights, OPTIMIZER_FILE: run.optimizer.state_dict()}
+    metas = _own_metas(run.model)
+    weights = [
+        Piece(name, meta, run.mesh.axis(meta.axis), parameter)
+        for name, parameter, meta in run.model.own_parameters()
+        if name in metas
+    ]
+    optimizer = [
+        Piece(f"{kind}.{name}", metas[name], run.mesh.axis(metas[name].axis), tensor, flat)
+        for kind, name, flat, tensor in run.optimizer.shards()
+        if name in metas
+    ]
     blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(run.tokenizer)}
-    return save_step(run_dir, step, files, blobs, state, run.members, keep_last=config.checkpoint.keep or None)
+    saver.start(step, {MODEL_FILE: weights, OPTIMIZER_FILE: optimizer}, blobs, state, run.members)
 
 
 def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
-    """Continue from a checkpoint folder of this run: weights, optimizer, guard. Returns the steps done.
+    """Continue from a checkpoint folder of this run, saved by any number of ranks. Returns the steps done.
 
-    Raises UserError naming every setting that would make it another run, with old and new value, unless the run's
-    `checkpoint.force_resume` is set.
+    Weights, optimizer and guard are set. Raises UserError naming every setting that would make it another run, with old
+    and new value, unless the run's `checkpoint.force_resume` is set.
     """
     manifest = read_manifest(folder)
     changes = changed_settings(run, folder, manifest.state)
@@ -64,12 +85,37 @@ def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
             "with --checkpoint.init_from, or insist with --checkpoint.force_resume true"
         )
     step = int(manifest.state["step"])
-    weights = load_tensors(folder, MODEL_FILE)
-    load_full(run.model.own_parameters(), weights.items(), run.mesh, str(folder))
+    whole = whole_model(run.config)
+    load_weights(folder, run.model.own_parameters(), full_shapes(whole), run.mesh)
     guard.load_state_dict(manifest.state["guard"])
-    updates = step - guard.skipped
-    run.optimizer.load_state_dict(load_tensors(folder, OPTIMIZER_FILE), updates)
+    _restore_optimizer(run, whole, folder, step - guard.skipped)
     return step
+
+
+def _restore_optimizer(run: Run, whole: Built, folder: Path, updates: int) -> None:
+    """This rank's shards of the optimizer's state, as of `updates` updates."""
+    freeze_unscaled(whole, run.config.optimizer)
+    trained = {name: meta for name, parameter, meta in whole.own_parameters() if parameter.requires_grad}
+    with TensorReader(folder, OPTIMIZER_FILE) as reader, torch.no_grad():
+        expected = {f"{kind}.{name}": meta.shape for kind in KINDS for name, meta in trained.items()}
+        if differing := sorted(expected.keys() ^ reader.shapes.keys()):
+            raise UserError(
+                f"{folder}: the optimizer state does not fit the trainable parameters: {differing[:3]} on one side only"
+            )
+        check_fit(reader.shapes, expected, str(folder))
+        for kind, name, flat, tensor in run.optimizer.shards():
+            meta = trained[name]
+            if flat[0] < flat[1]:
+                tensor.copy_(reader.read_slice(f"{kind}.{name}", meta, run.mesh.axis(meta.axis), flat))
+    run.optimizer.restored(updates)
+
+
+def _own_metas(model: Built) -> dict[str, ParamMeta]:
+    """What this rank saves: all that it holds but the last stage's copy of tied embeddings, which the first saves."""
+    metas = {name: meta for name, _, meta in model.own_parameters()}
+    if not model.part.embedding:
+        metas.pop(EMBEDDING, None)
+    return metas
 
 
 def changed_settings(run: Run, folder: Path, state: dict[str, Any]) -> list[str]:

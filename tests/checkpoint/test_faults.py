@@ -19,9 +19,11 @@ import pytest
 import torch
 
 from megabts.checkpoint import durable, storage
-from megabts.checkpoint.folder import load_tensors, write_checkpoint
+from megabts.checkpoint.folder import write_checkpoint
 from megabts.checkpoint.manifest import CheckpointError, read_manifest, verify
+from megabts.checkpoint.reader import load_tensors
 from megabts.errors import UserError
+from tests.checkpoint.saves import save_step
 
 CALLS = ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink")
 
@@ -37,7 +39,7 @@ def save(run: Path, step: int, keep_last: int | None = None, size: int = 64) -> 
         "model.safetensors": {"w": torch.full((size,), float(step)), "h": torch.full((3,), step)},
         "optimizer.safetensors": {"m": torch.full((size,), -float(step))},
     }
-    return storage.save_step(run, step, files, {"config.yaml": b"a: 1\n"}, {"x": step}, keep_last=keep_last)
+    return save_step(run, step, files, {"config.yaml": b"a: 1\n"}, {"x": step}, keep_last=keep_last)
 
 
 def assert_whole(folder: Path, step: int) -> None:
@@ -356,7 +358,7 @@ def test_real_full_disk(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch, prefli
     ballast = tiny_disk / "ballast"
     ballast.write_bytes(bytes(1_000_000))
     if not preflight:
-        monkeypatch.setattr("megabts.checkpoint.folder._space_needed", lambda *_: 0)
+        monkeypatch.setattr("megabts.checkpoint.folder.space_needed", lambda *_: 0)
     with pytest.raises(CheckpointError, match=r"step_00000020 not saved: no space \(needs .* MB free at"):
         save(tiny_disk, 20, size=150_000)
     assert sorted(p.name for p in tiny_disk.iterdir()) == ["ballast", "latest", "step_00000010"]

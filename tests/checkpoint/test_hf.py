@@ -11,11 +11,13 @@ import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megabts.checkpoint import hf, hf_config, storage
-from megabts.checkpoint.folder import load_tensors, write_checkpoint
+from megabts.checkpoint import hf, hf_config
+from megabts.checkpoint.folder import write_checkpoint
 from megabts.checkpoint.manifest import CheckpointError, MemberRecord, check_member, content_hash, read_manifest
+from megabts.checkpoint.reader import load_tensors
 from megabts.config.model import ModelConfig
 from megabts.errors import UserError
+from tests.checkpoint.saves import save_step
 
 MEMBERS = Path(__file__).parent.parent / "golden" / "bts" / "members"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -291,7 +293,7 @@ def test_content_hash_sees_weights_and_configuration(tmp_path: Path) -> None:
 def test_hf_member_of_a_checkpoint(tmp_path: Path) -> None:
     shutil.copytree(MEMBERS / "hub", tmp_path / "hub")
     record = MemberRecord("hub", str(tmp_path / "hub"), content_hash(tmp_path / "hub"))
-    folder = storage.save_step(tmp_path / "run", 1, {}, {}, {}, members=[record])
+    folder = save_step(tmp_path / "run", 1, {}, {}, {}, members=[record])
     assert not hf_config.is_hf_folder(folder)
     assert check_member(read_manifest(folder).members[0], folder) == tmp_path / "hub"
     edit(tmp_path / "hub", vocab_size=98)

@@ -12,10 +12,21 @@ import safetensors.torch
 import torch
 
 from megabts.checkpoint import storage
-from megabts.checkpoint.folder import _space_needed, load_tensors, write_checkpoint
-from megabts.checkpoint.manifest import CheckpointError, MemberRecord, check_member, content_hash, read_manifest, verify
+from megabts.checkpoint.folder import space_needed, write_checkpoint
+from megabts.checkpoint.manifest import (
+    CheckpointError,
+    MemberRecord,
+    check_member,
+    content_hash,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from megabts.checkpoint.pieces import Placed, Region, TensorRecord
+from megabts.checkpoint.reader import load_tensors
 from megabts.checkpoint.safetensors_writer import DTYPE_CODES, serialize, serialized_size, tensors_hash
 from megabts.errors import UserError
+from tests.checkpoint.saves import save_step
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
@@ -50,7 +61,7 @@ def every_kind() -> dict[str, torch.Tensor]:
 def save(run: Path, step: int, **options: Any) -> Path:
     tensors = {"w": torch.full((3, 4), float(step)), "b": torch.arange(step % 7 + 1)}
     files = {"model.safetensors": tensors, "optimizer.safetensors": {"m": torch.full((5,), -float(step))}}
-    return storage.save_step(run, step, files, {"config.yaml": b"a: 1\n"}, {"consumed_samples": 8 * step}, **options)
+    return save_step(run, step, files, {"config.yaml": b"a: 1\n"}, {"consumed_samples": 8 * step}, **options)
 
 
 def test_every_kind_reads_back_equal_by_us_and_by_the_library(tmp_path: Path) -> None:
@@ -141,9 +152,9 @@ def test_bad_requests_leave_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name in ("manifest.json", "../x", "/x", ""):
         with pytest.raises(CheckpointError, match="cannot be a file"):
-            storage.save_step(run, 1, {}, {name: b""}, {})
+            save_step(run, 1, {}, {name: b""}, {})
     with pytest.raises(CheckpointError, match="not plain JSON"):
-        storage.save_step(run, 1, {}, {}, {"x": torch.zeros(1)})
+        save_step(run, 1, {}, {}, {"x": torch.zeros(1)})
     with pytest.raises(UserError, match="keep_last is 0"):
         save(run, 1, keep_last=0)
     assert list(run.iterdir()) == []
@@ -177,7 +188,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", named)
     monkeypatch.setattr(os, "replace", named)
-    storage.save_step(tmp_path, 1, {"m.safetensors": {"w": torch.ones(1)}}, {"tok/t.json": b"x"}, {})
+    save_step(tmp_path, 1, {"m.safetensors": {"w": torch.ones(1)}}, {"tok/t.json": b"x"}, {})
     aside = ".step_00000001.tmp"
     files = [f"{aside}/{name}" for name in ("m.safetensors", "tok/t.json", "manifest.json")]
     assert [path for _, path in events[:3]] == files
@@ -258,10 +269,11 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("megabts.checkpoint.manifest.FORMAT", 2)
-        write_checkpoint(tmp_path / "c", {}, {}, {})
-    with pytest.raises(CheckpointError, match="format 2, this megabts reads 1"):
-        read_manifest(tmp_path / "c")
+        patch.setattr("megabts.checkpoint.manifest.FORMAT", 3)
+        tables = {"m.safetensors": {"w": TensorRecord((1,), (Placed("m-00001.safetensors", "w", Region()),))}}
+        write_manifest(tmp_path, tmp_path, {}, {}, [], tables)
+    with pytest.raises(CheckpointError, match="format 3, this megabts reads 1 to 2"):
+        read_manifest(tmp_path)
 
 
 def stitched(tmp_path: Path) -> tuple[Path, Path, Path]:
@@ -311,4 +323,4 @@ def test_the_space_estimate_covers_what_is_written(tmp_path: Path) -> None:
     files, blobs = {"model.safetensors": every_kind()}, {"config.yaml": b"x" * 999}
     write_checkpoint(tmp_path / "c", files, blobs, {})
     written = sum(path.stat().st_size for path in (tmp_path / "c").iterdir())
-    assert written <= _space_needed(files, blobs) <= written + (1 << 16)
+    assert written <= space_needed(files, blobs) <= written + (1 << 16)
