@@ -12,6 +12,7 @@ from megabts.parallel.balance import (
     balanced_cuts,
     check_cuts,
     equal_cuts,
+    fastest_cuts,
     parts_of,
     picture,
     predict,
@@ -71,6 +72,32 @@ def test_too_many_stages() -> None:
     assert balanced_cuts(model, 4) == [0, 1, 2]
     with pytest.raises(UsageError, match=r"5 stages, more than embedding, 2 layers and head are parts; use 4 at most"):
         balanced_cuts(model, 5)
+
+
+def test_fastest_cuts_are_not_slower_than_others() -> None:
+    gained = 0
+    for seed in range(12):
+        model = costs(seed, 9)
+        for schedule, p, chunks in (("none", 3, 1), ("1f1b", 4, 1), ("interleaved", 2, 2)):
+
+            def seconds(cuts: list[int], model: Costs = model, how: tuple = (schedule, p, chunks)) -> float:
+                return predict(model, cuts, how[1], 8, tokens=1, rate=1, schedule=how[0], chunks=how[2]).seconds
+
+            fastest = fastest_cuts(model, p, 8, schedule=schedule, chunks=chunks)  # type: ignore[arg-type]
+            others = [seconds(balanced_cuts(model, p * chunks)), seconds(equal_cuts(9, p * chunks))]
+            assert check_cuts(fastest, 9, p * chunks) == fastest
+            assert seconds(fastest) <= min(others)
+            gained += seconds(fastest) < min(others)
+    assert gained > 12
+    assert fastest_cuts(costs(0, 3), 1, 8) == []
+
+
+def test_interleaved_ranks_are_balanced_by_all_their_stages() -> None:
+    """A head as heavy as a layer: its rank gets a lighter other stage, which the largest stage alone does not say."""
+    model = Costs(Cost(), (Cost(1, 2),) * 7, Cost(1, 2))
+    cuts = fastest_cuts(model, 2, 16, schedule="interleaved", chunks=2)
+    found = predict(model, cuts, 2, 16, tokens=1, rate=1, schedule="interleaved", chunks=2)
+    assert found.seconds == pytest.approx(16 * 4 * 3 + 3 * 2)
 
 
 def test_given_cuts_are_checked() -> None:
