@@ -1,11 +1,14 @@
 """The one place that knows what hardware there is: devices, communication libraries, number formats, peaks."""
 
+import importlib
+import importlib.util
 import os
 import resource
 import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -144,3 +147,25 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything asked of it (for timing)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def have_te() -> bool:
+    """Whether NVIDIA's Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def load_te() -> ModuleType:
+    """`transformer_engine.pytorch`. Raises UserError when it is not installed, or does not load."""
+    if not have_te():
+        raise UserError(
+            "precision.layers te needs Transformer Engine, which is not installed: pip install --no-build-isolation "
+            "'transformer-engine[pytorch]', or set precision.layers torch"
+        )
+    try:
+        return importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"Transformer Engine is installed but does not load ({cause[0]}); install the one that fits torch "
+            f"{torch.__version__}, or set precision.layers torch"
+        ) from error

@@ -1,5 +1,6 @@
 """What the model tests share: decoders with random weights, and how close tensors are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,18 +44,20 @@ def decoder(
     part: Part | None = None,
     dtype: torch.dtype = torch.float32,
     recompute: Recompute = "none",
+    library: Callable[..., TorchBackend] = TorchBackend,
+    device: str = "cpu",
     **sizes: Any,
 ) -> Decoder:
     """A decoder of SIZES changed by `sizes`, whose every parameter, norms and biases too, is random by its name."""
     mesh = mesh or ParallelMesh()
-    backend = TorchBackend(dtype, "cpu", mesh.tp, sequence)
+    backend = library(dtype, device, mesh.tp, sequence)
     model = Decoder(ModelConfig(**{**SIZES, **sizes}), backend, part=part, recompute=recompute)
     initialise(model.own_parameters(), 1, mesh)
     with torch.no_grad():
         for name, parameter, meta in model.own_parameters():
             if meta.init == "constant":
                 full = torch.randn(meta.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
-                parameter.add_(meta.shard(full, mesh.axis(meta.axis)))
+                parameter.add_(meta.shard(full, mesh.axis(meta.axis)).to(device))
     return model
 
 
