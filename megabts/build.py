@@ -1,29 +1,31 @@
 """From a configuration or a checkpoint to a model: the one table of methods."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megabts.bts.build import load_member, member_records, open_members, remove_expert, with_members
+from megabts.bts.costs import bts_costs
 from megabts.bts.model import BTSModel
-from megabts.checkpoint.folder import load_tensors
-from megabts.checkpoint.hf import weights_from_hf
 from megabts.checkpoint.hf_config import config_from_hf, dtype_from_hf, is_hf_folder
-from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord, read_manifest
-from megabts.checkpoint.source import CONFIG_FILE, DenseSource, open_member
+from megabts.checkpoint.manifest import MemberRecord, read_manifest
+from megabts.checkpoint.source import CONFIG_FILE, DenseSource, load_weights, open_member
 from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
-from megabts.config.run import PrecisionConfig, RunConfig
+from megabts.config.run import ParallelConfig, PrecisionConfig, RunConfig
 from megabts.errors import UsageError, UserError
 from megabts.model.backend import Backend
+from megabts.model.costs import dense_costs
 from megabts.model.decoder import Decoder
+from megabts.model.part import Part
 from megabts.model.torch_backend import TorchBackend
+from megabts.parallel.balance import Costs, balanced_cuts, check_cuts, parts_of
 from megabts.parallel.mesh import ParallelMesh
-from megabts.parallel.sharding import initialise, load_full
+from megabts.parallel.sharding import initialise
 from megabts.runtime.device import resolve_dtype
 from megabts.tokenizers.build import find_tokenizer
 
@@ -32,15 +34,55 @@ Built = Decoder | BTSModel
 
 def make_backend(config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device | str) -> Backend:
     """The layer library that the configuration names."""
-    return TorchBackend(dtype, device, mesh.tp)
+    return TorchBackend(dtype, device, mesh.tp, config.parallel.sequence)
+
+
+def model_costs(config: RunConfig) -> Costs:
+    """Operations per token of the model's parts, on the busiest expert-parallel rank."""
+    full = config.train.recompute == "full"
+    if config.method == "bts":
+        ranks, exchange = config.parallel.expert, config.parallel.exchange
+        return bts_costs(
+            config.model, config.bts, config.data.seq_length, recompute=full, num_expert_ranks=ranks, exchange=exchange
+        )
+    return dense_costs(config.model, config.data.seq_length, recompute=full)
+
+
+def stage_cuts(config: RunConfig, mesh: ParallelMesh) -> list[int]:
+    """Layers before each boundary between virtual stages: the configuration's, or balanced by cost.
+
+    Raises UsageError for cuts that do not fit the model.
+    """
+    num_layers, num_stages = config.model.num_layers, config.parallel.num_stages
+    if mesh.pp.size == 1:
+        return []
+    if config.parallel.cuts:
+        return check_cuts(config.parallel.cuts, num_layers, num_stages)
+    return balanced_cuts(model_costs(config), num_stages)
+
+
+def _part(config: RunConfig, mesh: ParallelMesh) -> Part:
+    """What of the model this rank's place on the pipeline axis holds."""
+    if mesh.pp.size == 1:
+        return Part.whole(config.model.num_layers)
+    cuts, chunks = stage_cuts(config, mesh), config.parallel.chunks
+    return Part(*parts_of(cuts, config.model.num_layers, mesh.pp.size, chunks, mesh.pp.rank))
 
 
 def _dense(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> Decoder:
-    return Decoder(config.model, backend, recompute=config.train.recompute)
+    return Decoder(config.model, backend, part=_part(config, mesh), recompute=config.train.recompute)
 
 
 def _bts(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> BTSModel:
-    return BTSModel(config.model, config.bts, backend, recompute=config.train.recompute)
+    return BTSModel(
+        config.model,
+        config.bts,
+        backend,
+        ep=mesh.ep,
+        part=_part(config, mesh),
+        exchange=config.parallel.exchange,
+        recompute=config.train.recompute,
+    )
 
 
 BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {"dense": _dense, "bts": _bts}
@@ -103,16 +145,14 @@ def load_model(
     config, folder = run or stored.config, stored.folder
     if without and config.method != "bts":
         raise UsageError(f"{folder} is a {config.method} model and has no experts; leave out --without {without[0]}")
-    weights: Iterable[tuple[str, Tensor]]
-    weights = weights_from_hf(folder) if is_hf_folder(folder) else load_tensors(folder, MODEL_FILE).items()
+    whole = full_shapes(whole_model(config))
     for name in without:
-        bts, kept = remove_expert(config.bts, dict(weights), name)
-        config, weights = replace(config, bts=bts), kept.items()
+        config = replace(config, bts=remove_expert(config.bts, {}, name)[0])
     dtype = dtype or resolve_dtype(config.precision.dtype, torch.device(device))
     model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, dtype, device))
     members = {name: member for name, member in stored.members.items() if name not in without}
     _load_members(model, members, mesh)
-    load_full(model.own_parameters(), weights, mesh, str(folder))
+    load_weights(folder, model.own_parameters(), whole, mesh)
     return LoadedModel(model, config, folder, member_records(members), find_tokenizer(folder))
 
 
@@ -138,10 +178,25 @@ def open_model(path: str | Path) -> StoredModel:
     return StoredModel(config, folder, members)
 
 
+def whole_model(config: RunConfig) -> Built:
+    """The model of all ranks together, without values: what names and shapes a checkpoint of it has."""
+    alone = replace(config, parallel=ParallelConfig(), precision=PrecisionConfig())
+    return BUILDERS[config.method](alone, ParallelMesh(), make_backend(alone, ParallelMesh(), torch.float32, "meta"))
+
+
+def full_shapes(model: Built) -> dict[str, tuple[int, ...]]:
+    """Full shapes, by name, of what checkpoints hold of a model."""
+    return {name: meta.shape for name, _, meta in model.own_parameters()}
+
+
 def _load_members(model: Built, members: Mapping[str, DenseSource], mesh: ParallelMesh) -> None:
+    """The weights of the members that this rank runs."""
+    if not isinstance(model, BTSModel):
+        return
+    whole = full_shapes(whole_model(RunConfig(model=model.config)))
     for name, member in members.items():
-        assert isinstance(model, BTSModel)
-        load_member(model, name, member.weights(), mesh, str(member.folder))
+        if name in model.members:
+            load_member(model, name, member.folder, whole, mesh)
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

@@ -9,6 +9,7 @@ holds here too.
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megabts.config.tool_parser import ToolParser
@@ -34,7 +35,7 @@ def main() -> None:
 
     from megabts.build import load_model
     from megabts.data.build import build_valid_datasets
-    from megabts.evaluation.perplexity import domain_losses
+    from megabts.evaluation.perplexity import batch_loss, domain_losses
     from megabts.evaluation.report import losses_json, losses_table
     from megabts.parallel.mesh import ParallelMesh
     from megabts.runtime.device import DTYPES, Launch, pick_device, share_cores
@@ -55,9 +56,11 @@ def main() -> None:
     sets = build_valid_datasets(data, args.samples, tokenizer=tokenizer, vocab_size=loaded.config.model.vocab_size)
     if not sets:
         raise UsageError("the run has no validation sets; give --data DOMAIN=PREFIX ...")
+    loaded.model.train(False)
     results = domain_losses(
-        loaded.model,
+        partial(batch_loss, loaded.model, device=device),
         sets,
+        model=loaded.config.model,
         micro_batch=args.micro_batch,
         dp=mesh.dp,
         device=device,

@@ -1,17 +1,19 @@
 """Loss per domain: nats per token, perplexity, bits per byte of text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from megabts.config.model import ModelConfig
 from megabts.data.loader import Batch, Loader
 from megabts.data.validation import ValidationSet
 from megabts.model.decoder import Model, sequence_loss
 from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import Axis
-from megabts.parallel.sharding import name_seed
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,21 @@ class DomainLoss:
         return None if self.bytes_per_token is None else self.loss / math.log(2) / self.bytes_per_token
 
 
-@torch.no_grad()
 def domain_losses(
-    model: Model,
+    loss: Callable[[Batch], Tensor],
     sets: Mapping[str, ValidationSet],
     *,
+    model: ModelConfig,
     micro_batch: int,
     dp: Axis,
     device: torch.device,
     eod_id: int | None = None,
     eod_mask_loss: bool = False,
 ) -> dict[str, DomainLoss]:
-    """Loss of `model` on every domain's windows, which are dealt over the data-parallel ranks."""
-    model.train(False)
-    documents = not model.config.cross_document_attention
+    """Loss on every domain's windows, which are dealt over the data-parallel ranks.
+
+    `loss` gives the sum of a micro-batch's cross-entropy, nats, by a model with the sizes `model`.
+    """
     results = {}
     for domain, windows in sets.items():
         loader = Loader(
@@ -61,29 +64,31 @@ def domain_losses(
             seq_length=windows.seq_length,
             eod_id=eod_id,
             eod_mask_loss=eod_mask_loss,
-            document_ids=documents,
-            vocab_size=model.config.vocab_size,
+            document_ids=not model.cross_document_attention,
+            vocab_size=model.vocab_size,
         )
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for start in range(dp.rank * micro_batch, len(windows), micro_batch * dp.size):
             batch = loader.read(start, min(micro_batch, len(windows) - start))
-            total[0] += batch_loss(model, batch, device).double()
+            total[0] += loss(batch).double()
             total[1] += float(batch.loss_mask.sum())
-        loss, tokens = all_reduce(total, dp).tolist()
-        results[domain] = DomainLoss(loss / tokens if tokens else math.nan, int(tokens), windows.bytes_per_token)
-    model.train(True)
+        loss_sum, tokens = all_reduce(total, dp).tolist()
+        results[domain] = DomainLoss(loss_sum / tokens if tokens else math.nan, int(tokens), windows.bytes_per_token)
     return results
 
 
-def batch_loss(model: Model, batch: Batch, device: torch.device, seed: int | None = None) -> torch.Tensor:
-    """Sum of the cross-entropy over one micro-batch, in nats. `seed` and a sample's number decide its dropout masks."""
-    samples = range(batch.first_sample, batch.first_sample + len(batch.tokens))
-    documents = None if batch.document_ids is None else torch.from_numpy(batch.document_ids).to(device)
+@torch.no_grad()
+def batch_loss(model: Model, batch: Batch, device: torch.device) -> Tensor:
+    """Sum of the cross-entropy over one micro-batch, in nats, by a whole model; nothing is kept for a backward pass."""
     return sequence_loss(
         model,
-        torch.from_numpy(batch.tokens).to(device),
-        torch.from_numpy(batch.labels).to(device),
-        torch.from_numpy(batch.loss_mask).to(device),
-        document_ids=documents,
-        dropout_seeds=None if seed is None else [name_seed(f"sample {sample}", seed) for sample in samples],
+        to_device(batch.tokens, device),
+        to_device(batch.labels, device),
+        to_device(batch.loss_mask, device),
+        document_ids=None if batch.document_ids is None else to_device(batch.document_ids, device),
     )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor there."""
+    return torch.from_numpy(array).to(device)

@@ -6,7 +6,7 @@ masters are turned into the parameters' precision, gathered over dp and written 
 parameter name and range of elements, so a checkpoint knows nothing of buckets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import reduce
 
@@ -104,7 +104,7 @@ class MasterAdamW:
         """Write the parameters, whole, from the masters of all dp ranks. A copy of one bucket exists at a time."""
         dp = self.gradients.mesh.dp
         for bucket, shard in zip(self.gradients.buckets, self._by_bucket(self.master), strict=True):
-            parameters = [slot.parameter for slot in bucket.slots]
+            parameters: list[Tensor] = [slot.parameter for slot in bucket.slots]
             dtype = reduce(torch.promote_types, [parameter.dtype for parameter in parameters])
             whole = shard if dp.size == 1 else all_gather(shard.to(dtype), dp, 0)
             torch._foreach_copy_(parameters, split_like(whole, parameters))
@@ -138,7 +138,7 @@ class MasterAdamW:
                 yield kind, slot.name, slot.covered, _of(slot, buffer)
 
     def restored(self, steps: int) -> None:
-        """The state that `shards` shows is as of `steps` steps now: write the parameters; every dp rank must call it."""
+        """Go on from what `shards` shows, as of `steps` steps: parameters are written. Every dp rank must call it."""
         self._set_state(steps)
         self.copy_to_parameters()
 
@@ -158,15 +158,15 @@ def lr_scale(name: str, config: OptimizerConfig) -> float:
     return next((scale for pattern, scale in config.lr_scale.items() if fnmatchcase(name, pattern)), 1.0)
 
 
-def freeze_unscaled(model: nn.Module, config: OptimizerConfig) -> None:
+def freeze_unscaled(model: nn.Module, config: OptimizerConfig, names: Collection[str]) -> None:
     """Freeze the parameters whose learning-rate factor is 0.
 
-    Raises UserError for a pattern that matches no parameter.
+    `names`: of the whole model's parameters, of which this rank may hold a part. Raises UserError for a pattern that
+    matches none of them.
     """
-    names = [name for name, _ in model.named_parameters()]
     for pattern in config.lr_scale:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"optimizer.lr_scale pattern {pattern!r} matches no parameter; names are like {names[-1]}")
+            raise UserError(f"optimizer.lr_scale pattern {pattern!r} matches no parameter; names are like {min(names)}")
     for name, parameter in model.named_parameters():
         if lr_scale(name, config) == 0:
             parameter.requires_grad_(False)

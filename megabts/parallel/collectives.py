@@ -23,6 +23,10 @@ from torch import Tensor
 
 from megabts.parallel.mesh import Axis
 
+# torch 2.13 has renamed them.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 SEQUENCE, HIDDEN = 0, -1
 """Dimensions of a hidden state [s, b, D]."""
 
@@ -99,7 +103,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int, sizes: list[int] | None = None) 
     if padded is not rows:  # equal shapes only
         padded[: len(rows)] = rows
     out = padded.new_empty(axis.size, *padded.shape)
-    dist.all_gather_into_tensor(out.flatten(0, 1), padded.contiguous(), group=axis.group)
+    all_gather_single(out.flatten(0, 1), padded.contiguous(), group=axis.group)
     if min(sizes) == max(sizes):
         return out.flatten(0, 1).movedim(0, dim)
     return torch.cat([part[:size] for part, size in zip(out, sizes, strict=True)]).movedim(0, dim)
@@ -132,7 +136,7 @@ def _scatter_sum(x: Tensor, axis: Axis, dim: int) -> Tensor:
     assert x.shape[dim] % axis.size == 0, f"{x.shape[dim]} do not divide among {axis.size} ranks"
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty(len(rows) // axis.size, *rows.shape[1:])
-    dist.reduce_scatter_tensor(out, rows, group=axis.group)
+    reduce_scatter_single(out, rows, group=axis.group)
     return out.movedim(0, dim)
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megabts.parallel.collectives import all_reduce
+from megabts.parallel.collectives import all_reduce, reduce_scatter_single
 from megabts.parallel.mesh import Axis, ParallelMesh
 from megabts.parallel.sharding import NamedParameters, ParamMeta
 
@@ -204,7 +204,7 @@ class GradientBuffer:
         """Start the reduction of the buckets before `end` that have not started."""
         dp = self.mesh.dp
         for bucket in self.buckets[self._launched : end] if dp.size > 1 else ():
-            work = dist.reduce_scatter_tensor(bucket.shard, bucket.flat, group=dp.group, async_op=True)
+            work = reduce_scatter_single(bucket.shard, bucket.flat, group=dp.group, async_op=True)
             assert work is not None
             self._works.append(work)
         self._launched = max(self._launched, end)

@@ -5,6 +5,7 @@ Each refusal is one line with the arithmetic. What cannot go wrong here (a degre
 
 from megabts.config.run import RunConfig
 from megabts.errors import UsageError
+from megabts.parallel.balance import check_cuts
 from megabts.parallel.mesh import degrees
 
 
@@ -78,8 +79,8 @@ def _check_batch(config: RunConfig, dp: int) -> None:
 
 def _check_pipeline(config: RunConfig, dp: int) -> None:
     parallel, layers = config.parallel, config.model.num_layers
-    if parallel.cuts and parallel.cuts[-1] > layers:
-        raise UsageError(f"parallel.cuts {parallel.cuts} cuts after layer {parallel.cuts[-1]}, the model has {layers}")
+    if parallel.cuts:
+        check_cuts(parallel.cuts, layers, parallel.num_stages)
     if parallel.num_stages > layers + 2:
         raise UsageError(
             f"parallel.pipeline {parallel.pipeline} x parallel.chunks {parallel.chunks} = {parallel.num_stages} stages "

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabts.errors import UsageError
-from megabts.parallel.collectives import SEQUENCE, all_gather, enter, leave
+from megabts.parallel.collectives import SEQUENCE, all_gather, all_gather_single, enter, leave, reduce_scatter_single
 from megabts.parallel.cross_entropy import linear_cross_entropy
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
@@ -98,7 +98,7 @@ class _EnterLinear(torch.autograd.Function):
 def _start_gather(x: Tensor, tp: Axis) -> tuple[Tensor, dist.Work]:
     """[s / tp, b, D] -> [s, b, D], there once the work is done."""
     whole = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
-    return whole, dist.all_gather_into_tensor(whole, x.contiguous(), group=tp.group, async_op=True)
+    return whole, all_gather_single(whole, x.contiguous(), group=tp.group, async_op=True)
 
 
 def _start_sum(partial: Tensor, tp: Axis, sequence: bool) -> tuple[Tensor, dist.Work]:
@@ -106,7 +106,7 @@ def _start_sum(partial: Tensor, tp: Axis, sequence: bool) -> tuple[Tensor, dist.
     if not sequence:
         return partial, dist.all_reduce(partial, group=tp.group, async_op=True)
     share = partial.new_empty(partial.shape[0] // tp.size, *partial.shape[1:])
-    return share, dist.reduce_scatter_tensor(share, partial, group=tp.group, async_op=True)
+    return share, reduce_scatter_single(share, partial, group=tp.group, async_op=True)
 
 
 class RowLinear(nn.Module):

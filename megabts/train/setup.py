@@ -9,7 +9,7 @@ import torch
 from torch.distributed import Store
 
 from megabts.bts.build import open_members
-from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model
+from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model, stage_cuts
 from megabts.checkpoint.manifest import MemberRecord
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
@@ -19,11 +19,13 @@ from megabts.data.loader import Loader
 from megabts.data.validation import ValidationSet
 from megabts.errors import UsageError
 from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled
-from megabts.parallel.collectives import broadcast_object
-from megabts.parallel.mesh import ParallelMesh, build_mesh
+from megabts.parallel.collectives import broadcast_object, gather_objects
+from megabts.parallel.layout import check_layout
+from megabts.parallel.mesh import ParallelMesh, build_mesh, degrees
 from megabts.runtime.device import Launch, pick_device, resolve_dtype, share_cores, start_communication
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
+from megabts.train.stages import Stages
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     model: Built
+    stages: Stages
     members: list[MemberRecord]
     tokenizer: Tokenizer | None
     loader: Loader
@@ -62,11 +65,7 @@ class Run:
 def start_ranks(config: RunConfig, launch: Launch, store: Store | None = None) -> tuple[ParallelMesh, torch.device]:
     """Join the other ranks, met at `store`. Raises UsageError before any communication when the degrees do not fit."""
     parallel = config.parallel
-    for name, degree in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("expert", parallel.expert)):
-        if degree != 1:
-            raise UsageError(
-                f"parallel.{name} is {degree}, but this version trains with data parallelism only; leave it at 1"
-            )
+    degrees(parallel, launch.world_size)
     share_cores(launch)
     device = pick_device(launch)
     start_communication(launch, device, parallel.backend, parallel.timeout, store)
@@ -123,6 +122,7 @@ def _adopt(given: Section, found: Section, section: str, free: set[str], explici
 
 def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start: StoredModel | None) -> Run:
     """Model at its start, datasets and optimizer. Raises UserError for anything that does not fit together."""
+    check_layout(config, mesh.world_size)
     dtype = resolve_dtype(config.precision.dtype, device)
     tokenizer = build_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     num_samples = config.train.steps * config.train.global_batch
@@ -144,12 +144,21 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start
         vocab_size=vocab_size,
     )
     model, members = _start(config, mesh, dtype, device, start)
-    freeze_unscaled(model, config.optimizer)
-    optimizer = MasterAdamW(((n, p) for n, p, _ in model.own_parameters()), config.optimizer, mesh.dp)
-    if not optimizer.parameters:
+    everywhere = gather_objects([name for name, _ in model.named_parameters()])
+    freeze_unscaled(model, config.optimizer, {name for names in everywhere for name in names})
+    optimizer = MasterAdamW(
+        model.own_parameters(),
+        config.optimizer,
+        mesh,
+        bucket_elements=config.parallel.bucket_mb * 1_000_000 // 4,
+        tied=("embedding.weight",) if config.method == "dense" and config.model.tie_embeddings else (),
+        device=device,
+    )
+    if not any(gather_objects(bool(optimizer.names))):
         raise UsageError("nothing would be trained; see bts.trainable and optimizer.lr_scale")
+    stages = Stages(model, stage_cuts(config, mesh), mesh, config.parallel, device)
     identity = data_hash(config.data, num_samples)
-    return Run(config, mesh, device, dtype, model, members, tokenizer, loader, valid, optimizer, identity)
+    return Run(config, mesh, device, dtype, model, stages, members, tokenizer, loader, valid, optimizer, identity)
 
 
 def _start(

@@ -6,15 +6,13 @@ import torch
 
 from megabts.config.run import RunConfig
 from megabts.data.loader import Batch
-from megabts.evaluation.perplexity import batch_loss
-from megabts.model.decoder import Model
 from megabts.optimizer.adamw import MasterAdamW
 from megabts.optimizer.clip import clip_gradients
 from megabts.optimizer.schedule import learning_rate
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.collectives import all_reduce
-from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.progress import Progress
+from megabts.train.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -33,36 +31,29 @@ class StepResult:
 
 
 def train_step(
-    model: Model,
+    stages: Stages,
     optimizer: MasterAdamW,
     guard: SpikeGuard,
     batches: list[Batch],
     step: int,
     config: RunConfig,
-    mesh: ParallelMesh,
-    device: torch.device,
     progress: Progress,
 ) -> StepResult:
     """Step number `step` (from 0) on this rank's micro-batches.
 
     The loss is the sum over tokens divided by the valid tokens of the whole global batch, which are counted first.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, tokens
-    total[1] = float(sum(batch.loss_mask.sum() for batch in batches))
-    tokens = max(all_reduce(total[1:].clone(), mesh.dp).item(), 1.0)
+    dp = stages.mesh.dp
+    count = torch.tensor(float(sum(batch.loss_mask.sum() for batch in batches)), dtype=torch.float64)
+    tokens = max(all_reduce(count.to(stages.device), dp).item(), 1.0)
     optimizer.gradients.zero()
-    for batch in batches:
-        progress.enter("forward")
-        loss = batch_loss(model, batch, device, config.train.seed)
-        progress.enter("backward")
-        if loss.requires_grad:
-            loss.backward()
-        total[0] += loss.detach().double()
+    progress.enter("forward and backward")
+    losses = stages.losses(batches, config.train.seed, backward=True, last_backward=optimizer.gradients.overlap)
     progress.enter("the gradient sum")
     optimizer.gradients.sync()
-    optimizer.gradients.flat.div_(tokens)  # in fp32, and not in backward, where bf16 would round the factor
-    mean_loss = all_reduce(total, mesh.dp)[0].item() / tokens
-    norm = clip_gradients(optimizer.gradients.flat, config.optimizer.clip_grad)
+    optimizer.gradients.divide(tokens)  # in fp32, and not in backward, where bf16 would round the factor
+    mean_loss = all_reduce(stages.total(losses.sum()), dp).item() / tokens
+    norm = clip_gradients(optimizer.gradients, config.optimizer.clip_grad)
     lr = learning_rate(step, config.optimizer, config.train.steps)
     skipped = guard.observe(mean_loss, norm)
     progress.enter("the optimizer")

@@ -14,6 +14,7 @@ from megabts.bts.flops import bts_flops
 from megabts.bts.model import BTSModel
 from megabts.checkpoint.lock import RunLock
 from megabts.checkpoint.manifest import CheckpointError
+from megabts.checkpoint.saver import Saved
 from megabts.checkpoint.storage import has_steps, resolve
 from megabts.errors import UserError
 from megabts.evaluation.perplexity import domain_losses
@@ -26,7 +27,7 @@ from megabts.runtime.metrics import MetricsLogger, StepStats
 from megabts.runtime.progress import Progress
 from megabts.train.health import adam_health
 from megabts.train.setup import Run
-from megabts.train.state import restore, save
+from megabts.train.state import make_saver, restore, start_save
 from megabts.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Trainer:
         self.dir = Path(run.config.checkpoint.dir) if run.config.checkpoint.dir else None
         self.guard = SpikeGuard(sigma=run.config.optimizer.skip_sigma)
         self.flops_per_token = _flops_per_token(run)
+        self.saver = make_saver(run, self.dir) if self.dir else None
         self.saved_step = -1
         self.metrics_failed = False
         check_schedule(run.config.optimizer, run.config.train.steps)
@@ -66,6 +68,8 @@ class Trainer:
             try:
                 return self._loop(first, logger, stop)
             finally:
+                if self.saver is not None and self.run.mesh.world_size == 1:
+                    self.saver.wait()  # the run folder is ours until then; other ranks may be gone
                 if logger:
                     with self._metrics_may_fail():
                         logger.close()
@@ -99,19 +103,13 @@ class Trainer:
                 micro_batches = next(batches)
                 data_seconds = time.perf_counter() - begin
                 result = train_step(
-                    run.model,
-                    run.optimizer,
-                    self.guard,
-                    micro_batches,
-                    step,
-                    self.config,
-                    run.mesh,
-                    run.device,
-                    self.progress,
+                    run.stages, run.optimizer, self.guard, micro_batches, step, self.config, self.progress
                 )
                 synchronize(run.device)
+                seconds = time.perf_counter() - begin
+                health = self._adam_health(step + 1)
                 if logger:
-                    stats = self._stats(step + 1, result, time.perf_counter() - begin, data_seconds)
+                    stats = self._stats(step + 1, result, seconds, data_seconds, health)
                     with self._metrics_may_fail():
                         logger.log_step(stats)
                 if self._after(step + 1, result, logger, stop):
@@ -125,7 +123,7 @@ class Trainer:
         self.progress.enter("the end of the step")
         if self._due(step, self.config.train.valid_every):
             self._validate(step, logger)
-        stopping = self._told_to_stop(stop) and not last
+        stopping = self._agree(stop) and not last
         if stopping or self._due(step, self.config.checkpoint.every):
             self._save(step, must=stopping or last)
         if stopping:
@@ -136,10 +134,14 @@ class Trainer:
         """Whether something done `every` steps and at the end (0: only there; -1: never) is due after `step`."""
         return every >= 0 and (step == self.config.train.steps or (every > 0 and step % every == 0))
 
-    def _told_to_stop(self, stop: list[int]) -> bool:
-        """Whether any rank was signalled: all stop after the same step."""
-        flag = torch.tensor(float(bool(stop)), device=self.run.device)
-        return bool(all_reduce(flag, self.run.mesh.dp).item())
+    def _agree(self, stop: list[int]) -> bool:
+        """Whether any rank was signalled: all stop after the same step. A save whose phase all have done goes on."""
+        busy = self.saver is not None and self.saver.busy
+        flags = torch.tensor([float(bool(stop)), float(busy)], device=self.run.device)
+        told, writing = all_reduce(flags, self.run.mesh.world).tolist()
+        if self.saver is not None and not writing:
+            self._report(self.saver.advance())
+        return bool(told)
 
     def _judge(self, step: int, result: StepResult) -> None:
         """Report a skipped step; raise UserError after too many in a row."""
@@ -147,6 +149,7 @@ class Trainer:
             return
         log.warning(f"step {step} skipped: {result.skipped}; parameters unchanged")
         if self.guard.exhausted:
+            self._finish_save()
             raise UserError(
                 f"{self.guard.limit} bad steps in a row up to step {step} ({result.skipped}); {self._last_good()}; "
                 "lower optimizer.lr or look at the data"
@@ -160,15 +163,18 @@ class Trainer:
         if not run.valid:
             return
         self.progress.enter("validation", timed=False)
+        run.model.train(False)
         found = domain_losses(
-            run.model,
+            lambda batch: run.stages.total(run.stages.losses([batch], backward=False)).sum(),
             run.valid,
+            model=self.config.model,
             micro_batch=train.micro_batch,
             dp=run.mesh.dp,
             device=run.device,
             eod_id=run.eod_id,
             eod_mask_loss=self.config.data.eod_mask_loss,
         )
+        run.model.train()
         if logger:
             losses = {domain: result.loss for domain, result in found.items()}
             with self._metrics_may_fail():
@@ -185,23 +191,31 @@ class Trainer:
             self.metrics_failed = True
 
     def _save(self, step: int, *, must: bool) -> None:
-        """Save, every rank waiting for it; a failure is a warning, unless the save `must` succeed."""
-        if self.dir is None:
+        """Start a save, when one under way has ended; wait for it if it `must` succeed, or if that is asked for."""
+        if self.saver is None:
             return
-        self.progress.enter("the save", timed=False)
-        problem = ""
-        if self.run.mesh.rank == 0:
-            try:
-                log.info(f"saved {save(self.run, self.dir, step, self.guard)}")
-            except CheckpointError as error:
-                problem = str(error)
-        problem = broadcast_object(problem)  # no rank runs on, or ends, before the checkpoint is whole
-        if not problem:
-            self.saved_step = step
+        self._finish_save()
+        start_save(self.saver, self.run, step, self.guard)
+        if must or not self.config.checkpoint.asynchronous:
+            self._finish_save(must=must)
+
+    def _finish_save(self, *, must: bool = False) -> None:
+        """Wait, on every rank, for the end of the save under way, if there is one."""
+        if self.saver is not None and self.saver.in_flight:
+            self.progress.enter("the save", timed=False)
+            self._report(self.saver.wait(), must=must)
+
+    def _report(self, saved: Saved | None, *, must: bool = False) -> None:
+        """Say how a save ended; a failure is a warning, unless the save `must` succeed."""
+        if saved is None:
+            return
+        if not saved.problem:
+            self.saved_step = saved.step
+            log.info(f"saved {saved.folder}")
         elif must or self.config.checkpoint.save_fail == "stop":
-            raise CheckpointError(f"{problem}; {self._last_good()}")
+            raise CheckpointError(f"{saved.problem}; {self._last_good()}")
         else:
-            log.warning(f"{problem}; training continues, {self._last_good()}")
+            log.warning(f"{saved.problem}; training continues, {self._last_good()}")
 
     def _logger(self, first: int) -> MetricsLogger:
         run, logging_config = self.run, self.config.logging
@@ -217,7 +231,9 @@ class Trainer:
             device="gpu" if run.device.type == "cuda" else "rank",
         )
 
-    def _stats(self, step: int, result: StepResult, seconds: float, data_seconds: float) -> StepStats:
+    def _stats(
+        self, step: int, result: StepResult, seconds: float, data_seconds: float, health: dict[str, float]
+    ) -> StepStats:
         used, total = memory(self.run.device)
         tokens = self.config.train.global_batch * self.config.data.seq_length
         return StepStats(
@@ -234,7 +250,7 @@ class Trainer:
             memory_total_bytes=total,
             data_seconds=data_seconds,
             skipped_steps=self.guard.skipped,
-            extra=self._adam_health(step),
+            extra=health,
         )
 
     def _adam_health(self, step: int) -> dict[str, float]:

@@ -62,7 +62,7 @@ def test_what_fits_is_let_through(config: RunConfig, world: int) -> None:
         (run({"expert": 2}), 2, "parallel.expert is 2, but a dense model has no experts"),
         (run({"expert": 4}, experts=2), 4, r"parallel.expert 4 is more than the 3 members \(hub, e0, e1\)"),
         (run({}, batch=(8, 3)), 2, "train.global_batch 8 is not a multiple of train.micro_batch 3 x 2 .* = 6"),
-        (run({"pipeline": 2, "cuts": [5]}), 2, r"parallel.cuts \[5\] cuts after layer 5, the model has 4"),
+        (run({"pipeline": 2, "cuts": [5]}), 2, r"parallel.cuts is \[5\]; 2 stages of 4 layers need 1 ascending numbers from 0 to 4"),
         (run({"pipeline": 7}), 7, r"pipeline 7 x parallel.chunks 1 = 7 stages are more than 4 layers"),
         (
             run({"pipeline": 2, "chunks": 2, "schedule": "interleaved"}, batch=(3, 1)),
