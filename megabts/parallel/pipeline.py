@@ -87,19 +87,17 @@ class Pipeline:
             if action is None:
                 break
             incoming = wire.take(received(action, self.pp.size, self.pp.rank, flags))
-            key = (action.chunk, action.microbatch)
             result: Tensor | None
             if action.kind == "forward":
-                result, kept = self._forward(action, forward, incoming, flags)
+                result = self._forward(action, forward, incoming, flags, live)
                 if self._stage(action) == len(flags) - 1:
                     losses[action.microbatch] = result
-                if kept is not None:
-                    live[key] = kept
             else:
                 final = action.microbatch == num_microbatches - 1
                 with last_backward() if final else nullcontext():
-                    result = live.pop(key).backward(incoming)
+                    result = live.pop(action[1:]).backward(incoming)
             wire.put(sent(action, self.pp.size, self.pp.rank, flags), result)
+            del incoming, result  # kept by nobody else once used or sent
         wire.finish()
         return losses
 
@@ -107,20 +105,26 @@ class Pipeline:
         return action.chunk * self.pp.size + self.pp.rank
 
     def _forward(
-        self, action: Action, forward: Forward, hidden: Tensor | None, needs_backward: Sequence[bool]
-    ) -> tuple[Tensor, "_Live | None"]:
-        """Run a stage: its output outside autograd, and what its backward needs, if there will be one.
+        self,
+        action: Action,
+        forward: Forward,
+        hidden: Tensor | None,
+        needs_backward: Sequence[bool],
+        live: "dict[tuple[int, int], _Live]",
+    ) -> Tensor:
+        """Run a stage: its output, outside autograd. What its backward needs, if there will be one, goes into `live`.
 
         The input collects a gradient only where the stage before wants it.
         """
         stage = self._stage(action)
         if not needs_backward[stage]:
             with torch.no_grad():
-                return forward(action.chunk, action.microbatch, hidden), None
+                return forward(action.chunk, action.microbatch, hidden)
         if hidden is not None:
             hidden.requires_grad_(needs_backward[stage - 1])
         output = forward(action.chunk, action.microbatch, hidden)
-        return output.detach(), _Live(hidden, output, last=stage == len(needs_backward) - 1)
+        live[action[1:]] = _Live(hidden, output, last=stage == len(needs_backward) - 1)
+        return output.detach()
 
 
 class _Live:
@@ -212,6 +216,7 @@ class _Wire:
         work, tensor = self.arriving.pop(message)
         if work is not None:
             work.wait()
+            self.sending = deque(item for item in self.sending if item[0] is not work)  # of one group, with NCCL
         return tensor
 
     def finish(self, ahead: int = 0) -> None:

@@ -20,9 +20,8 @@ keep nothing; they feed the others as fast as these take it. Without any backwar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megabts.errors import UsageError
 
@@ -30,8 +29,7 @@ ScheduleKind = Literal["none", "1f1b", "interleaved"]
 Pass = Literal["forward", "backward"]
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One pass of one micro-batch through one of the rank's chunks."""
 
     kind: Pass
@@ -39,8 +37,7 @@ class Action:
     chunk: int
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """A hidden state (forward) or its gradient (backward) between the stages `boundary` and `boundary + 1`."""
 
     kind: Pass
@@ -51,16 +48,14 @@ class Message:
     target: int
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Messages that a rank posts together, and the action that follows; None at the end."""
 
     messages: tuple[Message, ...]
     action: Action | None
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """When an action runs."""
 
     action: Action

@@ -1,5 +1,6 @@
 """The executor on real ranks against one process: losses and every gradient, bit by bit."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megabts.parallel.mesh import Axis
-from megabts.parallel.pipeline import SENDS_AHEAD, Pipeline
+from megabts.parallel.pipeline import SENDS_AHEAD, Pipeline, _Live
 from megabts.parallel.schedules import ScheduleKind
 from tests.ranks import RankError, run_ranks
 
@@ -196,6 +197,17 @@ def test_outputs_without_gradient_and_empty_ones() -> None:
     assert middle[0][0] is None
     assert torch.equal(last[0][0], torch.full((2,), 6.0))
     assert [result[1] for result in last] == ["[48.0, 48.0]", "[6.0, 6.0]"]
+
+
+def test_a_live_micro_batch_does_not_keep_its_output() -> None:
+    hidden = torch.ones(3, requires_grad=True)
+    output = hidden * 2
+    live, kept = _Live(hidden, output, last=False), weakref.ref(output)
+    del output
+    assert kept() is None
+    gradient = live.backward(torch.tensor([1.0, 2.0, 3.0]))
+    assert gradient is not None
+    assert gradient.tolist() == [2, 4, 6]
 
 
 def test_a_hidden_state_of_another_shape_is_not_sent() -> None:
