@@ -60,23 +60,25 @@ class Stages:
         Elsewhere zeros: summed over the pipeline and expert axes they are the losses. `seed` decides dropout masks
         (None: no dropout). `last_backward`: see `Pipeline.run`.
         """
-        model, chunks = self.model, self.model.part.chunks
-        last = len(chunks) - 1 if self.mesh.pp.rank == self.mesh.pp.size - 1 else -1
 
         def forward(chunk: int, microbatch: int, hidden: Tensor | None) -> Tensor:
-            batch, layers = batches[microbatch], chunks[chunk]
-            if hidden is None:
-                hidden = model.embed(to_device(batch.tokens, self.device))
-            hidden = model.run_layers(layers.start, layers.stop, hidden, self._context(batch, seed))
-            if chunk != last:
-                return hidden
-            return model.loss(hidden, to_device(batch.labels, self.device), to_device(batch.loss_mask, self.device))
+            return self.forward(chunk, batches[microbatch], hidden, seed)
 
         def wire_shape(boundary: int, microbatch: int) -> tuple[int, ...]:
             size, length = batches[microbatch].tokens.shape
-            return model.wire_shape(self.cuts[boundary], length, size)
+            return self.model.wire_shape(self.cuts[boundary], length, size)
 
         return self.pipeline.run(len(batches), forward, wire_shape, backward=backward, last_backward=last_backward)
+
+    def forward(self, chunk: int, batch: Batch, hidden: Tensor | None, seed: int | None) -> Tensor:
+        """One of this rank's stages on one micro-batch: from tokens (None) or hidden, to hidden or the loss."""
+        model, layers = self.model, self.model.part.chunks[chunk]
+        if hidden is None:
+            hidden = model.embed(to_device(batch.tokens, self.device))
+        hidden = model.run_layers(layers.start, layers.stop, hidden, self._context(batch, seed))
+        if model.part.head and chunk == len(model.part.chunks) - 1:
+            return model.loss(hidden, to_device(batch.labels, self.device), to_device(batch.loss_mask, self.device))
+        return hidden
 
     def _context(self, batch: Batch, seed: int | None) -> Context:
         """A sample's number and `seed` decide its dropout masks, whatever rank it is on."""

@@ -18,8 +18,10 @@ import megabts.train.step as step_module
 from megabts.checkpoint.lock import RunLock
 from megabts.checkpoint.manifest import CheckpointError
 from megabts.checkpoint.storage import resolve
+from megabts.data.loader import Batch
 from megabts.errors import UserError
 from megabts.runtime.metrics import MetricsLogger, read_metrics
+from megabts.train.stages import Stages
 from megabts.train.trainer import EXIT_REQUEUE
 from tests.train.runs import arguments, build, shell, train
 
@@ -30,13 +32,13 @@ Capture = pytest.CaptureFixture[str]
 
 def spoil(patch: Patch, steps: set[int], factor: float = math.nan) -> None:
     """Multiply the loss of these steps (from 0, batches of 4) by `factor`."""
-    original = step_module.batch_loss
+    original = Stages.forward
 
-    def spoilt(model: Any, batch: Any, *rest: Any) -> torch.Tensor:
-        loss = original(model, batch, *rest)
+    def spoilt(stages: Stages, chunk: int, batch: Batch, *rest: Any) -> torch.Tensor:
+        loss = original(stages, chunk, batch, *rest)
         return loss * factor if batch.first_sample // 4 in steps else loss
 
-    patch.setattr(step_module, "batch_loss", spoilt)
+    patch.setattr(Stages, "forward", spoilt)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])

@@ -16,8 +16,10 @@ import torch
 
 import megabts.train.step as step_module
 import megabts.train.trainer as trainer_module
+from megabts.data.loader import Batch
 from megabts.errors import UserError
 from megabts.runtime.metrics import read_metrics
+from megabts.train.stages import Stages
 from megabts.train.trainer import EXIT_REQUEUE
 from tests.train.runs import (
     BTS_SETTINGS,
@@ -161,13 +163,13 @@ def test_skipped_steps_do_not_count_as_updates_after_a_resume(
     blend: dict[str, float], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Adam's bias correction goes by updates made, not by steps tried."""
-    original = step_module.batch_loss
+    original = Stages.forward
 
-    def bad_at_third_step(model: Any, batch: Any, *rest: Any) -> torch.Tensor:
-        loss = original(model, batch, *rest)
+    def bad_at_third_step(stages: Stages, chunk: int, batch: Batch, *rest: Any) -> torch.Tensor:
+        loss = original(stages, chunk, batch, *rest)
         return loss * float("nan") if batch.first_sample // 4 == 2 else loss
 
-    monkeypatch.setattr(step_module, "batch_loss", bad_at_third_step)
+    monkeypatch.setattr(Stages, "forward", bad_at_third_step)
     assert train(arguments(tmp_path / "unbroken", blend)) == 0
     args = arguments(tmp_path / "run", blend, checkpoint__resume=True)
     with monkeypatch.context() as patch:
