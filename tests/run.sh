@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Format, lint, types, then all tests. Usage: bash tests/run.sh [--no-venv] [pytest arguments...]
-# Without arguments everything under tests/ runs; skipped tests are listed with their reasons (-ra).
+# Format, lint, types, then all tests. Usage: bash tests/run.sh [--no-venv] [--with-slurm] [pytest arguments...]
+# Without arguments everything under tests/ runs; skipped tests are listed with their reasons (-ra). --with-slurm installs
+# Debian's SLURM (root, apt-get), on which tests/test_slurm.py starts a cluster of its own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=examples/environment.sh
@@ -8,6 +9,11 @@ source examples/environment.sh
 
 environment_parse "$@"
 set -- ${ENVIRONMENT_ARGS[@]+"${ENVIRONMENT_ARGS[@]}"}
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --with-slurm ]; then bash tests/slurm/install.sh || exit; else arguments+=("$argument"); fi
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 environment_prepare dev
 
 # The house rules are among the tests, so `make lint` and pytest together are `make checks` and more.
