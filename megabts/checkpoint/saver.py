@@ -185,8 +185,10 @@ class Saver:
                 flight.publishing = True
                 flight.job = _Job(lambda: self._publish(flight, records)) if self.rank == 0 else None
                 return None
-        if problem and self.rank == 0:
-            abandon_folder(flight.folder)
+        if problem:
+            if self.rank == 0:
+                abandon_folder(flight.folder)
+            broadcast_object(None)  # nobody goes on before it is gone
         self._flight = None
         return Saved(flight.step, flight.folder, problem)
 

@@ -94,7 +94,7 @@ def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
 
 def _restore_optimizer(run: Run, whole: Built, folder: Path, updates: int) -> None:
     """This rank's shards of the optimizer's state, as of `updates` updates."""
-    freeze_unscaled(whole, run.config.optimizer)
+    freeze_unscaled(whole, run.config.optimizer, [name for name, _ in whole.named_parameters()])
     trained = {name: meta for name, parameter, meta in whole.own_parameters() if parameter.requires_grad}
     with TensorReader(folder, OPTIMIZER_FILE) as reader, torch.no_grad():
         expected = {f"{kind}.{name}": meta.shape for kind in KINDS for name, meta in trained.items()}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megabts.bts.build import add_expert, load_member, open_members, remove_expert, with_members
-from megabts.checkpoint.manifest import CheckpointError
+from megabts.checkpoint.folder import write_checkpoint
+from megabts.checkpoint.manifest import MODEL_FILE, CheckpointError
 from megabts.config.methods import BTSConfig
 from megabts.errors import UsageError, UserError
 from megabts.parallel.mesh import ParallelMesh
@@ -120,15 +121,19 @@ def test_with_members() -> None:
     assert (moved.num_stitch_layers, moved.start) == (2, "hub_leaning")
 
 
-def test_load_member_passes_over_an_experts_output_layers() -> None:
+def test_load_member_passes_over_an_experts_output_layers(tmp_path: Path) -> None:
     model, mesh = random_model(config_of(1, num_stitch_layers=1)), ParallelMesh()
     weights = {name: torch.full_like(tensor, 2.0) for name, tensor in model.hub.state_dict().items()}
+    whole = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    write_checkpoint(tmp_path / "DIR", {MODEL_FILE: weights}, {}, {})
     for name in ("hub", "e1"):
-        load_member(model, name, weights.items(), mesh, "DIR")
+        load_member(model, name, tmp_path / "DIR", whole, mesh)
     assert all((p == 2.0).all() for name, p in model.named_parameters() if name.startswith("members."))
-    del weights["layers.3.mlp.down.weight"]
-    with pytest.raises(UserError, match=r"DIR does not fit the model: it lacks layers.3.mlp.down.weight"):
-        load_member(model, "e1", weights.items(), mesh, "DIR")
+    for name in ("layers.3.mlp.down.weight", "head.weight"):
+        some = {key: tensor for key, tensor in weights.items() if key != name}
+        write_checkpoint(tmp_path / "DIR", {MODEL_FILE: some}, {}, {})
+        with pytest.raises(UserError, match=f"DIR does not fit the model: it lacks {name}"):
+            load_member(model, "e1", tmp_path / "DIR", whole, mesh)
 
 
 def test_add_and_remove_in_a_configuration() -> None:

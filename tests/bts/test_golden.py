@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from megabts.bts.build import load_member
 from megabts.bts.model import BTSModel
-from megabts.checkpoint.hf import weights_from_hf
+from megabts.build import full_shapes, whole_model
 from megabts.checkpoint.hf_config import config_from_hf
 from megabts.config.methods import BTSConfig
+from megabts.config.run import RunConfig
 from megabts.model.attention import make_context
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
@@ -39,8 +40,9 @@ def golden_model(case: dict) -> BTSModel:
         gate_dropout=0.0,
     )
     model = BTSModel(config, bts, TorchBackend(torch.float32, "cpu", mesh.tp))
+    whole = full_shapes(whole_model(RunConfig(model=config)))
     for name, folder in zip(bts.members, folders, strict=True):
-        load_member(model, name, weights_from_hf(folder), mesh, str(folder))
+        load_member(model, name, folder, whole, mesh)
     return model
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import megabts.train.trainer as trainer_module
-from megabts.checkpoint.manifest import MODEL_FILE, read_manifest
+from megabts.checkpoint.manifest import read_manifest
 from megabts.config.load import explicit_keys, load_config
 from megabts.config.run import ParallelConfig
 from megabts.data.indexed import IndexedDatasetBuilder
@@ -223,9 +223,9 @@ def curve(run_dir: Path) -> dict[int, tuple[str, str]]:
 
 
 def last_hashes(run_dir: Path) -> dict[str, str]:
-    """sha256 of weights and optimizer of the newest checkpoint."""
+    """sha256 of all files of weights and optimizer of the newest checkpoint."""
     manifest = read_manifest(run_dir / (run_dir / "latest").read_text().strip())
-    return {name: manifest.files[name].sha256 for name in (MODEL_FILE, "optimizer.safetensors")}
+    return {name: record.sha256 for name, record in manifest.files.items() if name.endswith(".safetensors")}
 
 
 def error_lines(text: str) -> list[str]:

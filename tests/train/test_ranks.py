@@ -1,5 +1,6 @@
 """Several ranks: the same losses as one, one writer, one message when one fails, and no rank left behind."""
 
+import errno
 import json
 import os
 import signal
@@ -15,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import megabts.checkpoint.folder as folder_module
 import megabts.checkpoint.hf as hf_module
 import megabts.checkpoint.manifest as manifest_module
-import megabts.train.trainer as trainer_module
 from megabts.checkpoint.manifest import CheckpointError
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.device import Launch, num_cores, share_cores
@@ -66,7 +67,7 @@ def test_two_ranks_train_like_one(method: str, data: Path, blend: Blend, tmp_pat
         assert valid[1][0]["valid"]["v"] == pytest.approx(valid[0][0]["valid"]["v"], rel=1e-5)
 
 
-def only_rank_0_saves(rank: int, args: list[str]) -> tuple[int, list[str]]:
+def watched(rank: int, args: list[str]) -> tuple[int, list[str]]:
     """Train, and say which files this rank opened for writing or made."""
     written: list[str] = []
 
@@ -79,12 +80,13 @@ def only_rank_0_saves(rank: int, args: list[str]) -> tuple[int, list[str]]:
     return train_rank(rank, args, 2), written
 
 
-def test_only_the_first_rank_writes(blend: Blend, tmp_path: Path) -> None:
+def test_other_ranks_write_their_shards_alone(blend: Blend, tmp_path: Path) -> None:
     args = arguments(tmp_path / "run", blend, checkpoint__every=5, logging__tensorboard=True)
-    (first, by_first), (second, by_second) = run_ranks(2, only_rank_0_saves, args)
+    (first, by_first), (second, by_second) = run_ranks(2, watched, args)
     assert (first, second) == (0, 0)
     assert any("metrics.jsonl" in path for path in by_first)
-    assert [path for path in by_second if path.startswith(str(tmp_path))] == []
+    shards = [f"{tmp_path}/run/.step_{step:08d}.tmp/optimizer-00001.safetensors" for step in (5, 10, 12)]
+    assert [path for path in by_second if path.startswith(str(tmp_path))] == shards
 
 
 def count_hashed(rank: int, args: list[str]) -> tuple[int, list[str]]:
@@ -112,19 +114,20 @@ def test_only_the_first_rank_verifies_what_a_run_starts_from(data: Path, tmp_pat
     (_, first), (_, second) = run_ranks(2, count_hashed, args)
     assert sorted(first) == sorted(
         ["config.json", "model.safetensors"] * 3
-        + ["config.yaml", "model.safetensors", "optimizer.safetensors", "tokenizer_spec.json"]
+        + ["config.yaml", "model.safetensors", "tokenizer_spec.json"]
+        + [f"optimizer-{rank:05d}.safetensors" for rank in (0, 1)]
     )
     assert second == []
 
 
 def refused(rank: int, args: list[str]) -> str:
-    """Train while no save succeeds; the error's message."""
+    """Train while no save succeeds on the second rank; the error's message."""
 
     def full(*_: object) -> None:
-        assert rank == 0
-        raise CheckpointError("no space")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    trainer_module.save = full  # type: ignore[assignment]
+    if rank == 1:
+        folder_module.write_file = full  # type: ignore[assignment]
     try:
         train_rank(rank, args, 2)
     except CheckpointError as error:
@@ -133,9 +136,13 @@ def refused(rank: int, args: list[str]) -> str:
 
 
 def test_a_failed_save_is_known_to_every_rank(blend: Blend, tmp_path: Path) -> None:
-    """One alone tries; nobody waits for it or goes on without it."""
+    """One alone fails; nobody waits for it or goes on without it."""
     args = arguments(tmp_path / "run", blend, checkpoint__every=5)
-    assert run_ranks(2, refused, args) == ["no space; nothing was saved yet"] * 2
+    first, second = run_ranks(2, refused, args)
+    assert first == second
+    assert first.startswith(f"checkpoint {tmp_path}/run/step_00000012 not saved: no space (needs ")
+    assert first.endswith("; nothing was saved yet")
+    assert not list((tmp_path / "run").glob("*step_*"))
 
 
 def test_the_batch_must_fit_the_ranks(blend: Blend, tmp_path: Path) -> None:
