@@ -125,7 +125,7 @@ def test_first_matching_pattern_scales() -> None:
 
 def test_scale_zero_freezes() -> None:
     model, config = small(), OptimizerConfig(lr_scale={"0.*": 0, "2.bias": 0})
-    freeze_unscaled(model, config)
+    freeze_unscaled(model, config, dict(model.named_parameters()))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = train(model, config, range(3))
     frozen = {"0.weight", "0.bias", "2.bias"}
@@ -134,8 +134,8 @@ def test_scale_zero_freezes() -> None:
 
 
 def test_a_pattern_without_a_parameter_is_refused() -> None:
-    with pytest.raises(UserError, match=r"pattern 'hed\.\*' matches no parameter; names are like 3\.weight"):
-        freeze_unscaled(small(), OptimizerConfig(lr_scale={"hed.*": 0.1}))
+    with pytest.raises(UserError, match=r"pattern 'hed\.\*' matches no parameter; names are like body\.weight"):
+        freeze_unscaled(small(), OptimizerConfig(lr_scale={"hed.*": 0.1}), ["body.weight", "head.weight"])
 
 
 def test_nothing_to_train_is_not_an_error() -> None:
