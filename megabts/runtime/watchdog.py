@@ -11,6 +11,7 @@ Limit: a rank that does not answer and has no neighbour on its host is named, bu
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from dataclasses import asdict
 from torch.distributed import DistError
 
 from megabts.runtime.progress import Progress, Sampler, stacks, where
-from megabts.runtime.rendezvous import Meeting, process_stat
+from megabts.runtime.rendezvous import ANSWER, Meeting, process_stat
 from megabts.runtime.verdict import Beat, StragglerWatch, Verdict, find_hang
 
 SAMPLE = 0.02
@@ -73,24 +74,29 @@ class _Watchdog(threading.Thread):
         self.sampler = Sampler(progress)
         self.stragglers = StragglerWatch()
         self.store = meeting.connect()
-        self.lost_since = 0.0
+        self.asked = math.inf
         self.count = 0
         self.before: list[Beat | None] = []
         self._beat()
 
     def run(self) -> None:
-        """Sample often, tick now and then, until the main thread leaves in good order."""
-        due = 0.0
+        """Sample, until the main thread leaves in good order; another thread talks to the store, which may be mute."""
+        talker = threading.Thread(target=self._talk, name="watchdog's talker", daemon=True)
+        talker.start()
         while not self.stop.wait(SAMPLE):
             self.sampler.sample()
-            if time.monotonic() < due:
-                continue
+            if time.monotonic() - self.asked > ANSWER.total_seconds() and self.sampler.idle >= self.timeout:
+                self._conclude_alone()
+        talker.join(timeout=2 * GRACE)
+
+    def _talk(self) -> None:
+        while not self.stop.wait(self.interval):
+            self.asked = time.monotonic()
             try:
                 self._tick()
-                self.lost_since = 0.0
             except DistError:
-                self._store_is_silent()
-            due = time.monotonic() + self.interval
+                self._lose_store()
+            self.asked = math.inf
         with suppress(DistError):
             if self.store.check(["verdict"]):  # the main thread may have failed of it; it is still to be told
                 self._end(Verdict(**json.loads(self.store.get("verdict"))))
@@ -165,6 +171,7 @@ class _Watchdog(threading.Thread):
 
     def _leave(self) -> None:
         """Another rank failed, or one hangs: the main thread gets a while to leave by itself."""
+        self.asked = math.inf
         self.store.set(f"noticed/{self.rank}", "")
         end = time.monotonic() + GRACE
         while time.monotonic() < end and not self.stop.is_set():
@@ -187,27 +194,28 @@ class _Watchdog(threading.Thread):
             time.sleep(1)  # the others have still to hear of it
         os._exit(1)
 
-    def _store_is_silent(self) -> None:
-        """No answer: torchrun or the first rank is gone, or the first rank is stopped, or the network is slow."""
-        self.lost_since = self.lost_since or time.monotonic()
-        gone, first = _refuses(self.meeting.address), self.meeting.ranks[0]
-        keeper = str(first) if self.meeting.hosted else "torchrun"
-        if gone and not self.stop.wait(GRACE):
+    def _lose_store(self) -> None:
+        """The connection broke: torchrun or the first rank is gone, or it was the network."""
+        if not _refuses(self.meeting.address):
+            with suppress(DistError):
+                self.store = self.meeting.connect()
+            return
+        if not self.stop.wait(GRACE):
+            keeper = self.meeting.ranks[0] if self.meeting.hosted else "torchrun"
             if self.rank == (1 if self.meeting.hosted else 0):
                 _say(f"error: lost contact with {keeper}: it ended or was killed; look at its log")
             os._exit(1)
-        if not gone and self.sampler.idle >= self.timeout:
-            verdict = Verdict(0, True, tuple(range(1, self.size)), "the others wait for it")
-            if not self.meeting.hosted:
-                _say(f"error: {keeper} hangs: its store does not answer; see whether it is stopped")
-            elif self.rank == _speaker(verdict, self.meeting):
-                _tell(verdict, None, self.meeting, self.timeout)
-            else:
-                time.sleep(GRACE)
-            os._exit(1)
-        if not gone:
-            with suppress(DistError):
-                self.store = self.meeting.connect()
+
+    def _conclude_alone(self) -> None:
+        """The store does not answer, and nothing goes on: who keeps it is stopped. Ranks cannot ask each other."""
+        verdict = Verdict(0, True, tuple(range(1, self.size)), "the others wait for it")
+        if not self.meeting.hosted:
+            _say("error: torchrun hangs: its store does not answer; see whether it is stopped")
+        elif self.rank == _speaker(verdict, self.meeting):
+            _tell(verdict, None, self.meeting, self.timeout)
+        else:
+            time.sleep(GRACE / 2)
+        os._exit(1)
 
 
 def _speaker(verdict: Verdict, meeting: Meeting) -> int:
