@@ -13,15 +13,15 @@ Cuts are layers before each boundary between virtual stages, ascending from 0 to
 in the first stage and the head after layer L in the last, so either may stand alone. Memory plays no part here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from megabts.errors import UsageError
 from megabts.parallel.schedules import Action, ScheduleKind, Span, build_schedule, timeline
 
-TRIALS = 500
-"""Simulations after which `fastest_cuts` looks no further."""
+TRIED_PASSES = 500_000
+"""Simulated passes after which `fastest_cuts` looks no further: a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def fastest_cuts(
 ) -> list[int]:
     """Cuts whose simulated step is not slower than that of balanced or equal ones; messages take no time.
 
-    Hill climbing over shifts of neighbouring boundaries by a layer, at most `TRIALS` simulations; it depends on its
+    Hill climbing over shifts of neighbouring boundaries by a layer, for a few seconds at most; it depends on its
     arguments alone, so every rank finds the same. Raises UsageError as `balanced_cuts` and `build_schedule` do.
     """
     length, num_stages = len(costs.layers), num_ranks * chunks
@@ -157,26 +157,28 @@ def fastest_cuts(
 
     few = min(num_microbatches, 4 * num_ranks)  # tells good from bad as well as many, and is quick
     best, cuts = min((seconds(cuts, few), cuts) for cuts in starts)
-    trials = 0
-    while trials < TRIALS:
-        near = _shifted(cuts, length)
-        trials += len(near)
-        found, shifted = min((seconds(other, few), other) for other in near)
-        if found >= best * (1 - 1e-6):
-            break
-        best, cuts = found, shifted
+    trials = TRIED_PASSES // (2 * few * num_stages)
+    better: list[int] | None = cuts
+    while better is not None:
+        cuts, better = better, None
+        for other in islice(_shifted(cuts, length), trials):
+            trials -= 1
+            found = seconds(other, few)
+            if found < best * (1 - 1e-6):
+                best, better = found, other
+                break
     return min([cuts, *starts], key=lambda cuts: seconds(cuts, num_microbatches))
 
 
-def _shifted(cuts: list[int], length: int) -> list[list[int]]:
-    """`cuts` with a run of neighbouring ones moved by a layer, in all ways that leave them cuts."""
-    moved = [
-        [cut + by if a <= at <= b else cut for at, cut in enumerate(cuts)]
-        for a in range(len(cuts))
-        for b in range(a, len(cuts))
-        for by in (-1, 1)
-    ]
-    return [other for other in moved if [0, *other, length] == sorted([0, *other, length])]
+def _shifted(cuts: list[int], length: int) -> Iterator[list[int]]:
+    """`cuts` with a run of neighbouring ones moved by a layer, in all ways that leave them cuts; short runs first."""
+    for run in range(1, len(cuts) + 1):
+        for first in range(len(cuts) - run + 1):
+            for by in (-1, 1):
+                moved = [cut + by if first <= at < first + run else cut for at, cut in enumerate(cuts)]
+                bounds = [0, *moved, length]
+                if bounds == sorted(bounds):
+                    yield moved
 
 
 def parts_of(
