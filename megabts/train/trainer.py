@@ -195,6 +195,7 @@ class Trainer:
         if self.saver is None:
             return
         self._finish_save()
+        self.progress.enter("the save", timed=False)
         start_save(self.saver, self.run, step, self.guard)
         if must or not self.config.checkpoint.asynchronous:
             self._finish_save(must=must)

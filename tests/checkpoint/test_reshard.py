@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def write(folder: Path, topology: Topology, metas: Metas, full: Full, state: Ful
     parts = [{name: [p for piece in mine for p in parts_of(piece)] for name, mine in ranked.items()} for ranked in held]
     offers = [offer(mine) for mine in parts]
     begin_folder(folder, [], 0)
-    records = {}
+    records: dict[str, Any] = {}
     for number, mine in enumerate(parts):
         plan = make_plan(offers, number)
         records |= write_files(folder, plan.tensors(mine), {}, 0)
@@ -109,7 +110,7 @@ def assert_reads(folder: Path, topology: Topology, metas: Metas, full: Full, sta
                     assert torch.equal(read, meta.shard(state[name], rank.axis).reshape(-1)[first:last]), (rank, name)
 
 
-def random_state(**sizes: object) -> tuple[Metas, Full, Full]:
+def random_state(**sizes: Any) -> tuple[Metas, Full, Full]:
     """Metas of a decoder with a vocabulary that divides by nothing, random weights in bfloat16, and a float32 state."""
     config = ModelConfig(
         **{
@@ -135,7 +136,7 @@ TOPOLOGIES = {
     "tp4 dp3": Topology(tp=4, dp=3),
     "tp2 pp2 dp2": Topology(tp=2, split=2, dp=2),
 }
-MODELS: dict[str, dict[str, object]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "grouped heads": {},  # 2 heads of keys: held twice each at tp 4
     "one head of keys, bias": {"num_kv_heads": 1, "qkv_bias": True, "qk_norm": True},
     "tied": {"tie_embeddings": True, "num_kv_heads": 4},
