@@ -1,6 +1,8 @@
 """The SLURM scripts on a real SLURM: two nodes on this machine, started for these tests and gone after them."""
 
+import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 
 from megabts.runtime.metrics import FILE_NAME as METRICS
 from tests.slurm.cluster import Cluster, missing_programs
-from tests.train.runs import ROOT, SETTINGS, arguments, curve, environment, last_hashes, make_data, train
+from tests.train.runs import ROOT, SETTINGS, arguments, curve, environment, error_lines, last_hashes, make_data, train
 
 MISSING = missing_programs()
 pytestmark = pytest.mark.skipif(
@@ -22,7 +24,8 @@ SMALL = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=5")
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster({**environment(), "PATH": f"{Path(sys.executable).parent}:{environment()['PATH']}"}) as cluster:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with Cluster({**environment(), "PATH": path, "NPROC_PER_NODE": "1"}) as cluster:
         yield cluster
     assert cluster.processes() == []
 
@@ -60,7 +63,7 @@ def test_a_signalled_job_on_two_nodes_is_requeued_and_ends_as_if_unbroken(
         args = arguments(tmp_path / name, {str(data / "a"): 1.0}, train__steps=300)
         jobs[name] = cluster.submit("--nodes=2", f"--job-name={name}", *SMALL, TRAIN, *args, cwd=tmp_path)
     metrics = tmp_path / "signalled" / METRICS
-    cluster.wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 20, 60, "no 20 steps")
+    cluster.wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 20, 150, "no 20 steps")
     assert cluster.call("scancel", "--signal=USR1", "--batch", jobs["signalled"]).returncode == 0
     for job in jobs.values():
         wait_for_end(cluster, job, tmp_path)
@@ -95,3 +98,22 @@ def test_an_array_trains_one_expert_per_task_and_a_wrong_one_fails_with_a_line(
         more = {"train__steps": steps, "checkpoint__init_from": tmp_path / "seed"}
         assert train(arguments(alone, {str(data / prefix): 1.0}, **more)) == 0
         assert curve(tmp_path / "experts" / name) == curve(alone)
+
+
+@pytest.mark.timeout(120)
+def test_jobs_that_cannot_run_fail_with_a_line(cluster: Cluster, tmp_path: Path) -> None:
+    stray = shutil.copy(TRAIN, tmp_path / "mine.sbatch")
+    lost = cluster.submit(*SMALL, str(stray), cwd=tmp_path)
+    unsaved = cluster.submit(*SMALL, TRAIN, "--train.steps=1", cwd=tmp_path)
+    from_the_repository = cluster.submit(
+        *SMALL, f"--output={tmp_path}/slurm-copy.out", str(stray), "--no.such=1", cwd=ROOT
+    )
+    for job in (lost, unsaved, from_the_repository):
+        wait_for_end(cluster, job, tmp_path, "FAILED")
+        assert cluster.job(job)["Restarts"] == "0"
+    said = error_lines(output(tmp_path))
+    assert sorted(line.split(":")[1] for line in said) == [
+        " megabts not found",
+        " no checkpoint.dir",
+        " unknown key no.such (command line); --help lists all keys",
+    ]

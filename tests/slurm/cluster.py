@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv")
 
 CONF = """
 ClusterName=test
@@ -65,7 +65,9 @@ class Cluster:
     def __init__(self, environment: dict[str, str]) -> None:
         # Not pytest's folder: paths of sockets must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-test-"))
-        self.environment = {**environment, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        foreign = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_")
+        self.environment = {name: value for name, value in environment.items() if not name.startswith(foreign)}
+        self.environment["SLURM_CONF"] = str(self.folder / "slurm.conf")
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "Cluster":
@@ -97,7 +99,8 @@ class Cluster:
         self.wait_until(lambda: self.idle_nodes() == 2, 30, "the nodes did not become idle")
 
     def _daemon(self, name: str, *arguments: str) -> None:
-        command = [find_program(name) or name, *arguments]
+        # Should this process be killed, the daemon goes with it.
+        command = ["setpriv", "--pdeathsig", "KILL", find_program(name) or name, *arguments]
         with open(self.folder / f"{name}-{len(self.daemons)}.log", "wb") as log:
             daemon = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.daemons.append(daemon)
