@@ -22,6 +22,8 @@ from megabts.model.backend import Backend
 from megabts.model.costs import dense_costs
 from megabts.model.decoder import Decoder
 from megabts.model.part import Part
+from megabts.model.te_backend import TEBackend
+from megabts.model.te_fp8 import amax_group
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.balance import Costs, balanced_cuts, check_cuts, parts_of
 from megabts.parallel.mesh import ParallelMesh
@@ -33,8 +35,17 @@ Built = Decoder | BTSModel
 
 
 def make_backend(config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device | str) -> Backend:
-    """The layer library that the configuration names."""
-    return TorchBackend(dtype, device, mesh.tp, config.parallel.sequence)
+    """The layer library that the configuration names; without values (device meta) they are all alike.
+
+    Raises UserError where the library is missing or does not run. Every rank must call it.
+    """
+    precision, sequence = config.precision, config.parallel.sequence
+    if precision.layers == "torch" or torch.device(device).type == "meta":
+        return TorchBackend(dtype, device, mesh.tp, sequence)
+    if torch.device(device).type != "cuda":
+        raise UserError(f"precision.layers te needs an NVIDIA GPU, and this run is on {device}; set it to torch")
+    group = amax_group(mesh) if precision.fp8 == "delayed" else None
+    return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group)
 
 
 def model_costs(config: RunConfig) -> Costs:

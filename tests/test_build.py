@@ -19,6 +19,7 @@ from megabts.config.model import ModelConfig
 from megabts.config.run import PrecisionConfig, RunConfig, TrainConfig
 from megabts.errors import UserError
 from megabts.model.decoder import Decoder
+from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from tests.bts.folders import write_dense, write_members
 from tests.bts.reference import SIZES
@@ -149,3 +150,11 @@ def test_a_new_dense_model_depends_on_the_runs_seed_alone() -> None:
     other = start(2)
     assert not torch.equal(other["layers.0.attention.qkv.weight"], first["layers.0.attention.qkv.weight"])
     assert first["layers.0.attention.qkv.weight"].std().item() == pytest.approx(SIZES["init_std"], rel=0.1)
+
+
+def test_a_library_of_gpus_is_refused_without_one() -> None:
+    config = RunConfig(precision=PrecisionConfig(layers="te"))
+    with pytest.raises(UserError, match=r"precision\.layers te needs an NVIDIA GPU, and this run is on cpu") as error:
+        make_backend(config, MESH, torch.float32, "cpu")
+    assert "\n" not in str(error.value)
+    assert isinstance(make_backend(config, MESH, torch.float32, "meta"), TorchBackend)

@@ -13,6 +13,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     """Raise UsageError when the run's sizes do not divide as its parallel degrees ask on `world_size` ranks."""
     _, dp, _, _ = degrees(config.parallel, world_size)
     _check_tensor(config)
+    _check_fp8(config)
     _check_expert(config)
     _check_batch(config, dp)
     _check_pipeline(config, dp)
@@ -48,6 +49,37 @@ def _check_tensor(config: RunConfig) -> None:
             f"data.seq_length {config.data.seq_length} does not divide among parallel.tensor {tp} ranks, as "
             "parallel.sequence needs; change it or set parallel.sequence false"
         )
+
+
+def _check_fp8(config: RunConfig) -> None:
+    """Both sides of every matrix in an FP8 product are multiples of 16 on every rank; what is gathered along the
+    sequence in blocks of 128, multiples of 128."""
+    parallel, model, train, fp8 = config.parallel, config.model, config.train, config.precision.fp8
+    if fp8 == "none":
+        return
+    tp, seq = parallel.tensor, config.data.seq_length
+    slices = tp if parallel.sequence else 1
+    gathered = 128 if fp8 == "block" and slices > 1 else 16
+    heads = sum(max(1, heads // tp) for heads in model.qkv_heads)
+    needs = [
+        (f"model.hidden_size {model.hidden_size}", model.hidden_size, gathered),
+        (f"model.ffn_size {model.ffn_size} / parallel.tensor {tp}", model.ffn_size // tp, 16),
+        (f"{model.num_heads // tp} heads of {model.head_dim}", model.num_heads // tp * model.head_dim, 16),
+        (f"{heads} query, key and value heads of {model.head_dim}", heads * model.head_dim, 16),
+        (
+            f"train.micro_batch {train.micro_batch} x data.seq_length {seq} / {slices} slices",
+            train.micro_batch * seq // slices,
+            gathered,
+        ),
+    ]
+    if config.method == "bts":
+        needs.append((f"model.hidden_size {model.hidden_size} / parallel.tensor {tp}", model.hidden_size // tp, 16))
+    for name, size, multiple in needs:
+        if size % multiple:
+            raise UsageError(
+                f"precision.fp8 {fp8} needs multiples of {multiple} on every rank, and {name} = {size}; change it, or "
+                "set precision.fp8 none"
+            )
 
 
 def _divisors(size: int) -> str:

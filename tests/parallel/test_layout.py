@@ -1,12 +1,13 @@
 """Runs that do not fit their ranks are refused with the arithmetic, and those that fit are not."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
-from megabts.config.run import DataConfig, ParallelConfig, RunConfig, TrainConfig
+from megabts.config.run import DataConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from megabts.errors import UsageError
 from megabts.parallel.layout import check_layout, num_microbatches
 
@@ -62,7 +63,11 @@ def test_what_fits_is_let_through(config: RunConfig, world: int) -> None:
         (run({"expert": 2}), 2, "parallel.expert is 2, but a dense model has no experts"),
         (run({"expert": 4}, experts=2), 4, r"parallel.expert 4 is more than the 3 members \(hub, e0, e1\)"),
         (run({}, batch=(8, 3)), 2, "train.global_batch 8 is not a multiple of train.micro_batch 3 x 2 .* = 6"),
-        (run({"pipeline": 2, "cuts": [5]}), 2, r"parallel.cuts is \[5\]; 2 stages of 4 layers need 1 ascending numbers from 0 to 4"),
+        (
+            run({"pipeline": 2, "cuts": [5]}),
+            2,
+            r"parallel.cuts is \[5\]; 2 stages of 4 layers need 1 ascending numbers from 0 to 4",
+        ),
         (run({"pipeline": 7}), 7, r"pipeline 7 x parallel.chunks 1 = 7 stages are more than 4 layers"),
         (
             run({"pipeline": 2, "chunks": 2, "schedule": "interleaved"}, batch=(3, 1)),
@@ -92,3 +97,48 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
 
 def test_micro_batches_are_counted_per_rank() -> None:
     assert num_microbatches(run({}, batch=(24, 2)), 3) == 4
+
+
+def fp8_run(fp8: str, parallel: dict[str, Any], experts: int = 0, seq: int = 64, **sizes: Any) -> RunConfig:
+    """Sizes that FP8 can take on one rank: 16 heads of 16, two of them keys."""
+    fitting = {"hidden_size": 256, "num_heads": 16, "num_kv_heads": 2, "ffn_size": 512, **sizes}
+    config = run(parallel, fitting, experts=experts, seq=seq)
+    return replace(config, precision=PrecisionConfig(layers="te", fp8=fp8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "config, world",
+    [
+        (fp8_run("current", {}), 1),
+        (fp8_run("delayed", {"tensor": 4, "sequence": True}), 4),
+        (fp8_run("block", {"tensor": 2, "sequence": True}, seq=256), 2),
+        (fp8_run("current", {"tensor": 4}, experts=2), 4),
+    ],
+)
+def test_what_fp8_can_take_is_let_through(config: RunConfig, world: int) -> None:
+    check_layout(config, world)
+
+
+@pytest.mark.parametrize(
+    "config, world, message",
+    [
+        (
+            fp8_run("current", {}, ffn_size=520),
+            1,
+            "multiples of 16 on every rank, and model.ffn_size 520 / parallel.tensor 1 = 520",
+        ),
+        (fp8_run("delayed", {"tensor": 2}, ffn_size=48), 2, "model.ffn_size 48 / parallel.tensor 2 = 24"),
+        (fp8_run("current", {}, head_dim=4, num_kv_heads=1, num_heads=4), 1, "6 query, key and value heads of 4 = 24"),
+        (fp8_run("current", {}, seq=63), 1, "train.micro_batch 1 x data.seq_length 63 / 1 slices = 63"),
+        (fp8_run("current", {"tensor": 8, "sequence": True}), 8, "data.seq_length 64 / 8 slices = 8"),
+        (fp8_run("block", {"tensor": 2, "sequence": True}), 2, "block needs multiples of 128 .* 2 slices = 32"),
+        (
+            fp8_run("current", {"tensor": 2}, experts=2, hidden_size=272, head_dim=16),
+            2,
+            "hidden_size 272 / parallel.tensor 2 = 136",
+        ),
+    ],
+)
+def test_what_fp8_cannot_take_is_refused(config: RunConfig, world: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_layout(config, world)
