@@ -38,8 +38,8 @@ setup(
         "jinja2",
     ],
     extras_require={
-        # te, eval and serve: for backends and tools that this version does not have yet (docs/dependencies.md).
-        "te": ["transformer-engine[pytorch]"],
+        # eval and serve: for tools that this version does not have yet (docs/dependencies.md).
+        "te": ["transformer-engine[pytorch]>=2.12"],
         "hf": [TRANSFORMERS],
         "eval": ["lm_eval[hf]"],
         "serve": ["fastapi", "uvicorn"],
