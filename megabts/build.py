@@ -25,7 +25,8 @@ from megabts.model.part import Part
 from megabts.model.te_backend import TEBackend
 from megabts.model.te_fp8 import amax_group
 from megabts.model.torch_backend import TorchBackend
-from megabts.parallel.balance import Costs, balanced_cuts, check_cuts, parts_of
+from megabts.parallel.balance import Costs, check_cuts, fastest_cuts, parts_of
+from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
 from megabts.runtime.device import resolve_dtype
@@ -59,25 +60,29 @@ def model_costs(config: RunConfig) -> Costs:
     return dense_costs(config.model, config.data.seq_length, recompute=full)
 
 
-def stage_cuts(config: RunConfig, mesh: ParallelMesh) -> list[int]:
-    """Layers before each boundary between virtual stages: the configuration's, or balanced by cost.
+def stage_cuts(config: RunConfig, dp: int) -> list[int]:
+    """Layers before each boundary between virtual stages: the configuration's, or the fastest by cost.
 
     Raises UsageError for cuts that do not fit the model.
     """
-    num_layers, num_stages = config.model.num_layers, config.parallel.num_stages
-    if mesh.pp.size == 1:
-        return []
-    if config.parallel.cuts:
-        return check_cuts(config.parallel.cuts, num_layers, num_stages)
-    return balanced_cuts(model_costs(config), num_stages)
+    parallel = config.parallel
+    if parallel.cuts:
+        return check_cuts(parallel.cuts, config.model.num_layers, parallel.num_stages)
+    return fastest_cuts(
+        model_costs(config),
+        parallel.pipeline,
+        num_microbatches(config, dp),
+        schedule=parallel.schedule,
+        chunks=parallel.chunks,
+    )
 
 
 def _part(config: RunConfig, mesh: ParallelMesh) -> Part:
     """What of the model this rank's place on the pipeline axis holds."""
     if mesh.pp.size == 1:
         return Part.whole(config.model.num_layers)
-    cuts, chunks = stage_cuts(config, mesh), config.parallel.chunks
-    return Part(*parts_of(cuts, config.model.num_layers, mesh.pp.size, chunks, mesh.pp.rank))
+    cuts, chunks = stage_cuts(config, mesh.dp.size), config.parallel.chunks
+    return Part(*parts_of(cuts, config.model.num_layers, mesh.pp.size, chunks, mesh.pp.rank), tuple(cuts))
 
 
 def _dense(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> Decoder:

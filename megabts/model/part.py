@@ -12,6 +12,8 @@ class Part:
     embedding: bool
     head: bool
     """Final norm and head."""
+    cuts: tuple[int, ...] = ()
+    """Layers before each boundary between virtual stages, over the whole pipeline."""
 
     @classmethod
     def whole(cls, num_layers: int) -> "Part":

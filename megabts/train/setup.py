@@ -9,7 +9,7 @@ import torch
 from torch.distributed import Store
 
 from megabts.bts.build import open_members
-from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model, stage_cuts
+from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model
 from megabts.checkpoint.manifest import MemberRecord
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
@@ -156,7 +156,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start
     )
     if not any(gather_objects(bool(optimizer.names))):
         raise UsageError("nothing would be trained; see bts.trainable and optimizer.lr_scale")
-    stages = Stages(model, stage_cuts(config, mesh), mesh, config.parallel, device)
+    stages = Stages(model, mesh, config.parallel, device)
     identity = data_hash(config.data, num_samples)
     return Run(config, mesh, device, dtype, model, stages, members, tokenizer, loader, valid, optimizer, identity)
 

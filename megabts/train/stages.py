@@ -21,21 +21,16 @@ from megabts.parallel.sharding import name_seed
 
 
 class Stages:
-    """The stages of `model` on this rank, and their place in the pipeline.
-
-    `cuts`: layers before each boundary between virtual stages, over the whole pipeline. Every rank must build it.
-    """
+    """The stages of `model` on this rank, and their place in the pipeline. Every rank must build it."""
 
     def __init__(
         self,
         model: Model,
-        cuts: Sequence[int],
         mesh: ParallelMesh,
         config: ParallelConfig,
         device: torch.device,
     ) -> None:
         self.model = model
-        self.cuts = list(cuts)
         self.mesh = mesh
         self.device = device
         self.pipeline = Pipeline(
@@ -66,7 +61,7 @@ class Stages:
 
         def wire_shape(boundary: int, microbatch: int) -> tuple[int, ...]:
             size, length = batches[microbatch].tokens.shape
-            return self.model.wire_shape(self.cuts[boundary], length, size)
+            return self.model.wire_shape(self.model.part.cuts[boundary], length, size)
 
         return self.pipeline.run(len(batches), forward, wire_shape, backward=backward, last_backward=last_backward)
 
