@@ -162,10 +162,15 @@ def load_te() -> ModuleType:
             "'transformer-engine[pytorch]', or set precision.layers torch"
         )
     try:
-        return importlib.import_module("transformer_engine.pytorch")
+        te = importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"Transformer Engine is installed but does not load ({cause[0]}); install the one that fits torch "
             f"{torch.__version__}, or set precision.layers torch"
         ) from error
+    if not hasattr(te, "autocast"):
+        raise UserError(
+            "this Transformer Engine is older than 2.12; install a newer one, or set precision.layers torch"
+        )
+    return te

@@ -5,6 +5,7 @@ With FP8 it differs by rounding. E4M3 has 3 bits after the point: a rounded numb
 is then off by sqrt(2) 2.6% = 3.7%, and a state that took in n of them one after the other by about sqrt(n) 3.7%.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -299,3 +300,10 @@ def test_one_that_does_not_load_is_said_with_its_cause(monkeypatch: pytest.Monke
     monkeypatch.setattr(runtime.importlib, "import_module", fails)
     with pytest.raises(UserError, match=r"does not load \(libcudnn.so.9: cannot open\)"):
         TEBackend(torch.float32, "cpu", Axis("tp"))
+
+
+def test_an_old_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed():
+        monkeypatch.delattr(sys.modules["transformer_engine.pytorch"], "autocast")
+        with pytest.raises(UserError, match=r"older than 2\.12"):
+            TEBackend(torch.float32, "cpu", Axis("tp"))

@@ -29,6 +29,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 FP8_CASES: tuple[tuple[FP8, bool], ...] = (("current", False), ("current", True), ("delayed", True))
 Found = tuple[Tensor, dict[str, Tensor]]
+FP8Found = dict[tuple[FP8, bool], tuple[list[Found], dict[str, Tensor], dict[str, Tensor]]]
 
 
 def split_decoders(rank: int, size: int) -> dict[tuple[str, bool], Found]:
@@ -81,13 +82,13 @@ def passes(model: Decoder, number: int) -> list[Found]:
     return [gradients(model, *batch(size=4)) for _ in range(number)]
 
 
-def split_fp8(rank: int) -> dict[tuple[FP8, bool], tuple[list[Found], dict[str, Tensor], dict[str, Tensor]]]:
+def split_fp8(rank: int) -> FP8Found:
     """Four passes, their state after two and after four; a new model that starts in the middle ends alike.
 
     Layers are computed again in backward, which moves TE's histories on too.
     """
     mesh = build_mesh(ParallelConfig(tensor=2), 2, rank)
-    found = {}
+    found: FP8Found = {}
     for kind, sequence in FP8_CASES:
         with installed():
             model = in_fp8(kind, mesh, sequence, recompute="full")

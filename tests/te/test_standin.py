@@ -3,6 +3,7 @@
 import ast
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -74,6 +75,17 @@ def test_arguments_are_those_of_transformer_engine(
             assert names.index(name) == place
         else:
             assert ast.literal_eval(defaults[name]) == parameter.default
+
+
+def test_recipes_have_these_settings(wheel: ZipFile) -> None:
+    theirs = found_in(wheel, "common/recipe/__init__.py", "DelayedScaling")
+    settings = {
+        ast.unparse(line.target): line.value for line in theirs.body if isinstance(line, ast.AnnAssign) and line.value
+    }
+    for setting in fields(fp8.DelayedScaling):
+        assert ast.literal_eval(settings[setting.name]) == setting.default
+    for name in ("Float8CurrentScaling", "Float8BlockScaling"):
+        assert found_in(wheel, "common/recipe/__init__.py", name)
 
 
 def test_checkpoint_takes_the_kind_of_recomputation(wheel: ZipFile) -> None:
