@@ -21,10 +21,17 @@ NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 # One write per rank: the ranks share a pipe.
 TRAIN = f"""
-import json, os, sys
+import json, os, signal, sys
 said = {{name: os.environ.get(name) for name in {NAMES!r}}}
 line = json.dumps({{**said, "argv": sys.argv[1:], "cwd": os.getcwd(), "path": sys.path[1:]}})
 os.write(1, (line + chr(10)).encode())
+if "--until-usr1" in sys.argv:
+    signal.signal(signal.SIGUSR1, lambda *_: 0)
+    os.write(1, b"ready" + bytes([10]))
+    signal.pause()
+    with open(os.environ["LAUNCH_EXIT_CODE"], "w") as file:
+        file.write("85")
+    sys.exit(85)
 sys.exit(7 if "--fail" in sys.argv else 0)
 """
 
@@ -185,6 +192,22 @@ def test_srun_over_nodes_without_scontrol_is_refused(run: Run, repository: Path,
 
 def test_exit_code_of_a_rank_is_kept(run: Run, repository: Path) -> None:
     assert run("bash", script(repository), "--fail", LOCAL_RANK="0").returncode == 7
+
+
+def test_a_signal_reaches_the_ranks_and_85_comes_back(run: Run, repository: Path, tmp_path: Path) -> None:
+    """Slurm signals the batch script, which is torchrun's parent."""
+    signalling = (
+        'bash "$0" --until-usr1 >out & pid=$!; '
+        'for i in $(seq 400); do [ "$(grep -c ready out)" = 2 ] && break; sleep 0.1; done; '
+        'kill -USR1 $pid; wait $pid; echo "code $?"'
+    )
+    done = run("bash", "-c", signalling, script(repository), NPROC_PER_NODE="2", TMPDIR=str(tmp_path))
+    assert "code 85" in done.stdout, done.stderr
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_failure_under_torchrun_is_1(run: Run, repository: Path) -> None:
+    assert run("bash", script(repository), "--fail", NPROC_PER_NODE="2").returncode == 1
 
 
 def test_help_needs_no_ranks(run: Run, repository: Path) -> None:

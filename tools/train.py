@@ -5,6 +5,7 @@ Under torchrun every rank runs this file. `--help` lists all settings.
 
 import os
 import sys
+from pathlib import Path
 
 from megabts.config.load import difference, explicit_keys, load_config
 from megabts.errors import run_tool
@@ -34,6 +35,8 @@ def main() -> int:
                 print(difference(config), flush=True)
             code = Trainer(build_run(config, mesh, device, start), progress).fit()
             stop_communication()
+        if code and "LAUNCH_EXIT_CODE" in os.environ:  # examples/launch.sh: torchrun would make 1 of it
+            Path(os.environ["LAUNCH_EXIT_CODE"]).write_text(str(code))
         return code
 
 

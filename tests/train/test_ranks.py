@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -187,6 +188,58 @@ def test_one_rank_that_raises_ends_all_and_is_told_once(blend: Blend, tmp_path: 
     assert error_lines(done.stderr) == ["error: rank 1 has had enough"]
     assert "Connection" not in done.stderr
     assert "gloo" not in done.stderr
+
+
+HANGS = f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import torch._dynamo
+import megabts.train.step as step
+import megabts.train.trainer as trainer
+original = step.train_step
+
+def hanging(*args):
+    if os.environ["RANK"] == "1" and args[4] == 3:
+        lock = threading.Lock()
+        lock.acquire()
+        if os.environ["HOW"] == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        lock.acquire()
+    return original(*args)
+
+trainer.train_step = hanging
+sys.argv[0] = {str(ROOT / "tools/train.py")!r}
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
+"""
+
+
+@pytest.mark.parametrize("how", ["lock", "stop"])
+def test_a_rank_that_hangs_is_named_with_its_stack(how: str, blend: Blend, tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text(HANGS)
+    args = arguments(tmp_path / "run", blend, train__steps=1000, parallel__timeout=10)
+    launch = [*command("", [], 2)[:-1], str(tmp_path / "hanging.py"), *args]
+    torchrun = subprocess.Popen(
+        launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | {"HOW": how}
+    )
+    ranks: dict[int, int] = {}
+    try:
+        wait_for_steps(tmp_path / "run", 3, torchrun)
+        ranks, begin = ranks_of(torchrun), time.monotonic()
+        err = torchrun.communicate(timeout=60)[1]
+        seconds = time.monotonic() - begin
+    finally:
+        torchrun.kill()
+    assert seconds < 10 + 15, err
+    assert set(ranks) == {0, 1}
+    assert not any(map(alive, ranks.values()))
+    assert len(error_lines(err)) == 1, err
+    (line,) = error_lines(err)
+    assert line.startswith("error: rank 1 (")
+    assert f"pid {ranks[1]}) hangs: " in line
+    assert "no progress for 10 s" in line
+    assert ("stopped by a signal (SIGSTOP)" in line) == (how == "stop")
+    stack = err.partition(line)[2]
+    assert re.search(r'hanging.py", line \d+,? in hanging', stack)
 
 
 def ranks_of(torchrun: subprocess.Popen[str]) -> dict[int, int]:
