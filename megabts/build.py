@@ -29,7 +29,7 @@ from megabts.parallel.balance import Costs, check_cuts, fastest_cuts, parts_of
 from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
-from megabts.runtime.device import resolve_dtype
+from megabts.runtime.device import have_te, resolve_dtype
 from megabts.tokenizers.build import find_tokenizer
 
 Built = Decoder | BTSModel
@@ -154,11 +154,12 @@ def load_model(
     """The model of a run or checkpoint folder, or of a Hugging Face folder; nothing else is needed.
 
     `dtype` None: as the checkpoint's run computed, or the Hugging Face folder is stored. `run`: build it with this
-    run's settings instead of its own ones. `without`: experts of a BTS model to leave out.
+    run's settings instead of its own ones, whose layer library gives way to torch where it does not run.
+    `without`: experts of a BTS model to leave out.
     Raises UserError (not there, damaged, a member moved or changed).
     """
     stored = source if isinstance(source, StoredModel) else open_model(source)
-    config, folder = run or stored.config, stored.folder
+    config, folder = run or _on(device, stored.config), stored.folder
     if without and config.method != "bts":
         raise UsageError(f"{folder} is a {config.method} model and has no experts; leave out --without {without[0]}")
     whole = full_shapes(whole_model(config))
@@ -170,6 +171,12 @@ def load_model(
     _load_members(model, members, mesh)
     load_weights(folder, model.own_parameters(), whole, mesh)
     return LoadedModel(model, config, folder, member_records(members), find_tokenizer(folder))
+
+
+def _on(device: torch.device | str, config: RunConfig) -> RunConfig:
+    if torch.device(device).type == "cuda" and have_te():
+        return config
+    return replace(config, precision=replace(config.precision, layers="torch", fp8="none"))
 
 
 def open_model(path: str | Path) -> StoredModel:

@@ -158,3 +158,12 @@ def test_a_library_of_gpus_is_refused_without_one() -> None:
         make_backend(config, MESH, torch.float32, "cpu")
     assert "\n" not in str(error.value)
     assert isinstance(make_backend(config, MESH, torch.float32, "meta"), TorchBackend)
+
+
+def test_a_run_of_such_a_library_loads_anywhere(tmp_path: Path) -> None:
+    folder = write_dense(tmp_path / "dense", 1, precision={"layers": "te", "fp8": "current"})
+    model = load_model(folder, MESH, None, "cpu").model
+    assert same(tensors(model), load_file(folder / MODEL_FILE))
+    run = open_model(folder).config
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        load_model(folder, MESH, None, "cpu", run=run)

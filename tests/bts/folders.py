@@ -20,15 +20,21 @@ TOKENS = torch.tensor([[3, 7, 1, 30, 12, 4], [0, 29, 5, 5, 18, 2]])
 
 
 def write_dense(
-    folder: Path, seed: int, *, fingerprint: str = "", dtype: torch.dtype = torch.float32, **sizes: Any
+    folder: Path,
+    seed: int,
+    *,
+    fingerprint: str = "",
+    dtype: torch.dtype = torch.float32,
+    precision: dict[str, str] | None = None,
+    **sizes: Any,
 ) -> Path:
-    """A megabts checkpoint of a random decoder."""
+    """A megabts checkpoint of a random decoder; `precision`: the section of its run's configuration."""
     mesh, config = ParallelMesh(), ModelConfig(**{**SIZES, **sizes})
     model = Decoder(config, TorchBackend(dtype, "cpu", mesh.tp))
     initialise(named_metas(model), seed, mesh)
     tensors = {name: parameter.detach() for name, parameter, _ in model.own_parameters()}
     state = {"step": 0, "tokenizer_fingerprint": fingerprint}
-    text = yaml.safe_dump({"model": {**SIZES, **sizes}})
+    text = yaml.safe_dump({"model": {**SIZES, **sizes}, "precision": precision or {}})
     write_checkpoint(folder, {MODEL_FILE: tensors}, {CONFIG_FILE: text.encode()}, state)
     return folder
 
