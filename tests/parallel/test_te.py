@@ -16,9 +16,10 @@ from megabts.model.backend import Recompute
 from megabts.model.decoder import Decoder
 from megabts.model.te_backend import TEBackend
 from megabts.model.te_fp8 import FP8, amax_group, fp8_state, load_fp8_state
+from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import Axis, ParallelMesh, build_mesh
 from tests.model.models import VARIANTS, batch, decoder, distance, gradients
-from tests.model.test_te_backend import FP8_SIZES, NOISE
+from tests.model.test_te_backend import FP8_SIZES, NOISE, bts_gradients, bts_model
 from tests.parallel.test_tensor import whole_gradient
 from tests.ranks import run_ranks
 from tests.te.standin import installed
@@ -44,6 +45,28 @@ def split_decoders(rank: int, size: int) -> dict[tuple[str, bool], Found]:
                 assert same_parameters(model, decoder(mesh, sequence=sequence, **sizes))
                 found[name, sequence] = gradients(model, *batch())
     return found
+
+
+def split_bts(rank: int) -> dict[bool, Found]:
+    """Loss and this rank's gradients of a BTS model, whose stitches enter the tensor-parallel region themselves."""
+    mesh = build_mesh(ParallelConfig(tensor=2), 2, rank)
+    with installed():
+        return {
+            sequence: bts_gradients(bts_model(TEBackend(torch.float32, "cpu", mesh.tp, sequence), mesh), "cpu")
+            for sequence in (False, True)
+        }
+
+
+def test_stitches_on_two_ranks_equal_one() -> None:
+    ranks = run_ranks(2, split_bts)
+    for sequence in (False, True):
+        one = bts_model(TorchBackend(torch.float32, "cpu", Axis("tp"), sequence))
+        true_loss, grads = bts_gradients(one, "cpu")
+        torch.testing.assert_close(ranks[0][sequence][0], true_loss)
+        assert ranks[0][sequence][1].keys() == grads.keys() == {name for name, _, _ in one.own_parameters()}
+        for name, _, meta in one.own_parameters():
+            found = whole_gradient(meta, [rank[sequence][1][name] for rank in ranks])
+            assert distance(found, grads[name]) < 1e-5, (sequence, name)
 
 
 def same_parameters(found: Decoder, expected: Decoder) -> bool:
