@@ -29,7 +29,7 @@ LAYERS = (
     ("optimizer", "checkpoint", "model"),
     ("moe", "merge", "bts", "pool"),
     ("build", "assemble"),
-    ("inference",),
+    ("inference", "planner"),
     ("evaluation", "train"),
     ("viz",),
     ("experiment",),
