@@ -29,7 +29,7 @@ from megabts.parallel.balance import Costs, check_cuts, fastest_cuts, parts_of
 from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
-from megabts.runtime.device import have_te, resolve_dtype
+from megabts.runtime.device import check_te, have_te, resolve_dtype
 from megabts.tokenizers.build import find_tokenizer
 
 Built = Decoder | BTSModel
@@ -43,8 +43,7 @@ def make_backend(config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, devi
     precision, sequence = config.precision, config.parallel.sequence
     if precision.layers == "torch" or torch.device(device).type == "meta":
         return TorchBackend(dtype, device, mesh.tp, sequence)
-    if torch.device(device).type != "cuda":
-        raise UserError(f"precision.layers te needs an NVIDIA GPU, and this run is on {device}; set it to torch")
+    check_te(torch.device(device))
     group = amax_group(mesh) if precision.fp8 == "delayed" else None
     return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group)
 

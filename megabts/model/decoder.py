@@ -24,6 +24,8 @@ class Model(Protocol):
 
     config: ModelConfig
     dtype: torch.dtype
+    part: Part
+    """What of the model this rank holds."""
     num_local_members: int
     """Members on this rank, each with a cache of its own in generation."""
 

@@ -72,6 +72,11 @@ def fp8_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether the module that a name of `fp8_state` belongs to is in the model, which may be a part of the saved one."""
+    return name.removeprefix(STATE).rsplit(".", 2)[0] in dict(_te_modules(model))
+
+
 @torch.no_grad()
 def load_fp8_state(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Set the state of a model built for delayed scaling from `fp8_state`'s tensors, before it runs.

@@ -154,6 +154,12 @@ def have_te() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def check_te(device: torch.device) -> None:
+    """Raise UserError where Transformer Engine cannot run."""
+    if device.type != "cuda":
+        raise UserError(f"precision.layers te needs an NVIDIA GPU, and this run is on {device}; set it to torch")
+
+
 def load_te() -> ModuleType:
     """`transformer_engine.pytorch`. Raises UserError when it is not installed, or does not load."""
     if not have_te():

@@ -15,6 +15,7 @@ from megabts.checkpoint.source import CONFIG_FILE, load_weights
 from megabts.config.load import differing_keys, from_yaml, to_yaml
 from megabts.config.run import RunConfig
 from megabts.errors import UserError
+from megabts.model.te_fp8 import fp8_state, has_module, load_fp8_state
 from megabts.optimizer.adamw import KINDS, freeze_unscaled
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.sharding import ParamMeta, check_fit
@@ -24,6 +25,8 @@ from megabts.train.setup import Run
 log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+FP8_FILE = "fp8.safetensors"
+"""Delayed scaling's state, where there is any: of every module of the model, whatever ranks they were on."""
 EMBEDDING = "embedding.weight"
 FIXED = (
     "method",
@@ -35,6 +38,7 @@ FIXED = (
     "train.global_batch",
     "train.seed",
     "precision.dtype",
+    "precision.fp8",
 )
 """Settings that decide what a run computes: a resumed run must have the same ones."""
 FREE = {"data.valid", "data.cache", "data.tokenizer", "model.preset", "bts.hub", "bts.experts", "data.train"}
@@ -67,8 +71,12 @@ def start_save(saver: Saver, run: Run, step: int, guard: SpikeGuard) -> None:
         for kind, name, flat, tensor in run.optimizer.shards()
         if name in metas
     ]
+    files = {MODEL_FILE: weights, OPTIMIZER_FILE: optimizer}
+    if config.precision.fp8 == "delayed":
+        scales = fp8_state(run.model)  # the same on every rank that runs a module
+        files[FP8_FILE] = [Piece(name, ParamMeta(tuple(t.shape)), run.mesh.tp, t) for name, t in scales.items()]
     blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(run.tokenizer)}
-    saver.start(step, {MODEL_FILE: weights, OPTIMIZER_FILE: optimizer}, blobs, state, run.members)
+    saver.start(step, files, blobs, state, run.members)
 
 
 def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
@@ -89,6 +97,10 @@ def restore(run: Run, folder: Path, guard: SpikeGuard) -> int:
     load_weights(folder, run.model.own_parameters(), full_shapes(whole), run.mesh)
     guard.load_state_dict(manifest.state["guard"])
     _restore_optimizer(run, whole, folder, step - guard.skipped)
+    if FP8_FILE in {*manifest.tensors, *manifest.files}:
+        with TensorReader(folder, FP8_FILE) as reader:
+            mine = {name: reader.read(name) for name in reader.shapes if has_module(run.model, name)}
+        load_fp8_state(run.model, mine, str(folder))
     return step
 
 
