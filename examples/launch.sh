@@ -90,8 +90,11 @@ launch_and_wait() {
     local code=0 pid
     LAUNCH_EXIT_CODE=$(mktemp)
     export LAUNCH_EXIT_CODE
-    # torchrun hands on the signals named here to its ranks, as they come; by itself it would die of SIGUSR1.
-    export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+    # The signals that torchrun hands on to its ranks (of another it dies and leaves them behind), and the seconds that
+    # they get for their last step and save before it kills them.
+    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+    export TORCHELASTIC_SIGNALS_TO_HANDLE=$PET_SIGNALS_TO_HANDLE # torch before the option
+    export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
     "$@" &
     pid=$!
     trap 'kill -TERM "$pid" 2>/dev/null || true' TERM

@@ -21,14 +21,17 @@ NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 # One write per rank: the ranks share a pipe.
 TRAIN = f"""
-import json, os, signal, sys
+import json, os, signal, sys, time
 said = {{name: os.environ.get(name) for name in {NAMES!r}}}
 line = json.dumps({{**said, "argv": sys.argv[1:], "cwd": os.getcwd(), "path": sys.path[1:]}})
 os.write(1, (line + chr(10)).encode())
 if "--until-usr1" in sys.argv:
-    signal.signal(signal.SIGUSR1, lambda *_: 0)
+    received = []
+    signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
     os.write(1, b"ready" + bytes([10]))
-    signal.pause()
+    signal.alarm(90)
+    while not received:
+        time.sleep(0.05)
     with open(os.environ["LAUNCH_EXIT_CODE"], "w") as file:
         file.write("85")
     sys.exit(85)

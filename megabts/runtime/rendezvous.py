@@ -7,6 +7,7 @@ MASTER_ADDR:MASTER_PORT. Process groups are set up through it, and ranks tell ea
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -85,8 +86,23 @@ def launcher_keeps_store() -> bool:
 
 
 def connect(host: str, port: int, timeout: timedelta = ANSWER) -> Store:
-    """Connect to the store that is kept at this address. Raises DistError."""
-    return PrefixStore(attempt(), TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
+    """Connect to the store that is kept at this address. Raises DistError, also where something else listens there."""
+    opened: list[Store] = []
+    errors: list[DistError] = []
+
+    def attempt_it() -> None:
+        try:
+            opened.append(TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
+        except DistError as error:
+            errors.append(error)
+
+    # Its own time-out does not hold where a listener is mute: a stopped process, or another program.
+    opener = threading.Thread(target=attempt_it, daemon=True)
+    opener.start()
+    opener.join(timeout.total_seconds() + 1)
+    if not opened:
+        raise errors[0] if errors else DistError(f"no answer from {host}:{port}")
+    return PrefixStore(attempt(), opened[0])
 
 
 def meet(launch: Launch, timeout: float) -> Meeting | None:

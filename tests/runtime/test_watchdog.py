@@ -108,11 +108,12 @@ def test_a_sampler_tells_work_from_waiting() -> None:
     """A call of a C `wait` leaves no frame: it is known by the line it stands in."""
     progress = Progress()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    other = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
     sampler = Sampler(progress)
     progress.enter("forward", 1)
     sampler.sample()
     assert not is_waiting()
-    thread = threading.Thread(target=lambda: store.wait(["key"]))
+    thread = threading.Thread(target=lambda: other.wait(["key"]))
     thread.start()
     try:
         busy, wall = sampler.busy, sampler.wall
