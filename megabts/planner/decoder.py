@@ -5,7 +5,7 @@ heads; sigma is 1 / tp under sequence parallelism, else 1; M where the weights t
 
     attention norm    sigma D, and sigma M D of its output
     attention         q + k rotated, v, out and the logsumexp; grouped keys and values are repeated to the query heads
-                      (2 q in place of v's q + 2 k); M q more for the output linear where b > 1, whose layout differs
+                      (2 q in place of v's q + 2 k, which is the projection's whole output)
     feed-forward      sigma D, sigma M D, 2 F / tp, M F / tp
 
     selective         attention keeps q + 2 k and M q instead;   full: sigma D for the whole layer
@@ -100,7 +100,7 @@ def layer_kept(config: RunConfig, *, trains: bool, recompute: str | None = None)
             elements += 3 * query if repeated else query + key
         else:
             elements += query + key + (2 * query if repeated else query + 2 * key)
-        elements += query * (2 if trains and config.train.micro_batch > 1 else 1)
+        elements += query
     return everywhere * (elements * value + scales)
 
 

@@ -118,8 +118,8 @@ def _nothing_fits(config: RunConfig, plan: Plan) -> list[str]:
     if closest is None:
         return [
             f"No layout passes the run's checks on {cluster.num_gpus} GPUs: train.global_batch "
-            f"{config.train.global_batch} must be a multiple of micro-batch x data-parallel ranks, and the given degrees "
-            "must divide the GPUs."
+            f"{config.train.global_batch} must be a multiple of micro-batch x data-parallel ranks, and the given "
+            "degrees must divide the GPUs."
         ]
     need, largest = closest.memory.total, max(asdict(closest.memory).items(), key=lambda item: item[1])
     larger = [name for name, gpu in GPUS.items() if gpu.memory >= need]
@@ -162,6 +162,7 @@ def settings(config: RunConfig) -> str:
         "parallel.pipeline": parallel.pipeline,
         "parallel.schedule": parallel.schedule,
         "parallel.chunks": parallel.chunks,
+        "parallel.cuts": str(parallel.cuts).replace(" ", ""),
         "parallel.expert": parallel.expert,
         "parallel.exchange": parallel.exchange,
         "train.recompute": train.recompute,
@@ -190,7 +191,7 @@ def _layout_json(layout: Layout) -> dict[str, Any]:
         "pp": parallel.pipeline,
         "schedule": parallel.schedule,
         "chunks": parallel.chunks,
-        "cuts": list(layout.cuts),
+        "cuts": parallel.cuts,
         "ep": parallel.expert,
         "exchange": parallel.exchange,
         "dp": layout.dp,

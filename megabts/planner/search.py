@@ -5,7 +5,7 @@ expert-parallel degrees up to the members, both exchanges, every recomputation a
 global batch and the sequence length stay as configured. Every layout passes `parallel.layout.check_layout`.
 
 First all memory is counted, then the layouts that fit are timed in the order of a bound that no schedule can beat, up
-to where the bound is above what is found already: the ranking is exact.
+to where the bound is above what is found already: the ranking is exact. Pipelines are cut by `balance.balanced_cuts`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +42,6 @@ class Layout:
     config: RunConfig
     dp: int
     num_microbatches: int
-    cuts: tuple[int, ...]
-    """Layers before each boundary between stages."""
     memory: Memory
     timed: Callable[[], Timed]
 
@@ -150,6 +148,7 @@ def _with_recompute(
                 cuts[key] = balanced_cuts(costs, num_stages)
             works = [parts.stages(cuts[key], state) for parts in ranks]
             staged[num_stages] = _Staged(tuple(cuts[key]), costs.of_stages(cuts[key]), works)
+        parallel = replace(parallel, cuts=list(staged[num_stages].cuts))
         yield _layout(replace(chosen, parallel=parallel), cluster, method, ranks, staged[num_stages], dp)
 
 
@@ -170,7 +169,7 @@ def _layout(
     memory = fullest_rank(config, ranks, staged.works, stages_with_backward(staged.costs), count, dp)
     message = max(parts.states for parts in ranks) * state_bytes(config)
     price = partial(timed, config, cluster, staged.works, staged.costs, message, count, dp, shared_dp=shared)
-    return Layout(config, dp, count, staged.cuts, memory, price)
+    return Layout(config, dp, count, memory, price)
 
 
 def _settings(config: RunConfig, cluster: Cluster, method: Method, pinned: frozenset[str]) -> Iterator[RunConfig]:

@@ -1,0 +1,146 @@
+"""The planner's memory against what real ranks hold, within 5 %.
+
+Parameters, gradients and optimizer state: the run's own builders on the meta device, over torch's fake process group,
+at world sizes up to 1024. Activations: what autograd keeps through whole steps on gloo ranks.
+"""
+
+from collections.abc import Iterator
+
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megabts.build import BUILDERS, make_backend
+from megabts.optimizer.adamw import MasterAdamW
+from megabts.parallel.mesh import build_mesh
+from tests.planner.layouts import Arguments, configured, kept_in_steps, predicted
+from tests.ranks import run_ranks
+
+BOUND = 0.05
+
+EXPERTS = {f"bts.experts.{name}": "x" for name in ("code", "math", "languages")}
+DENSE: Arguments = {"model.preset": "1b", "precision.dtype": "bfloat16", "train.global_batch": 1024}
+STITCHED: Arguments = {**DENSE, "model.preset": "paper-2.7b", "method": "bts", "bts.hub": "x", **EXPERTS}
+ONE: Arguments = {"train.micro_batch": 1}
+STATES: dict[str, tuple[int, Arguments]] = {
+    "dense": (8, {**DENSE}),
+    "dense, tensor": (8, {**DENSE, "parallel.tensor": 4, "parallel.sequence": True}),
+    "dense, pipeline of tied ends": (64, {**DENSE, "parallel.tensor": 2, "parallel.pipeline": 4}),
+    "dense, more ranks than key heads": (1024, {**DENSE, **ONE, "parallel.tensor": 16, "parallel.pipeline": 2}),
+    "bts": (8, STITCHED),
+    "bts, side by side": (64, {**STITCHED, "parallel.expert": 4, "parallel.exchange": "gather"}),
+    "bts, side by side, sums": (64, {**STITCHED, "parallel.expert": 2, "parallel.exchange": "reduce"}),
+    "bts, depth slices": (64, {**STITCHED, "parallel.pipeline": 8}),
+    "bts, everything": (
+        1024,
+        {
+            **STITCHED,
+            **ONE,
+            "parallel.tensor": 4,
+            "parallel.expert": 4,
+            "parallel.pipeline": 4,
+            "parallel.schedule": "interleaved",
+            "parallel.chunks": 2,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=STATES)
+def world(request: pytest.FixtureRequest) -> Iterator[tuple[int, Arguments]]:
+    size, arguments = STATES[request.param]
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    yield size, arguments
+    dist.destroy_process_group()
+
+
+def storage_bytes(*tensors: torch.Tensor) -> int:
+    """Of unique storages."""
+    return sum({id(s): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
+
+
+def test_parameters_gradients_optimizer(world: tuple[int, Arguments]) -> None:
+    """On every place of the pipeline and expert axes, whose ranks differ."""
+    size, arguments = world
+    config = configured(arguments)
+    parallel = config.parallel
+    whole = size // (parallel.pipeline * parallel.expert * parallel.tensor)
+    for pp_rank in range(parallel.pipeline):
+        for ep_rank in range(parallel.expert):
+            rank = (pp_rank * whole * parallel.expert + ep_rank) * parallel.tensor
+            mesh = build_mesh(parallel, size, rank)
+            assert (mesh.pp.rank, mesh.ep.rank, mesh.tp.rank) == (pp_rank, ep_rank, 0)
+            model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, torch.bfloat16, "meta"))
+            optimizer = MasterAdamW(model.own_parameters(), config.optimizer, mesh, device="meta")
+            memory = predicted(config, mesh)
+            assert memory.parameters == storage_bytes(*model.parameters())
+            flat, state = optimizer.gradients.flat, (optimizer.master, *optimizer.moments.values())
+            assert memory.gradients == pytest.approx(storage_bytes(flat), rel=BOUND, abs=1)
+            assert memory.optimizer == pytest.approx(storage_bytes(*state), rel=BOUND, abs=1)
+
+
+SMALL: Arguments = {
+    "model.vocab_size": 96,
+    "model.hidden_size": 64,
+    "model.num_layers": 4,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.ffn_size": 160,
+    "data.seq_length": 128,
+    "train.micro_batch": 2,
+    "train.global_batch": 8,
+}
+SMALL_BTS: Arguments = {**SMALL, "method": "bts", "bts.hub": "x", **EXPERTS}
+LAYOUTS: dict[str, Arguments] = {
+    "tp2": {"parallel.tensor": 2},
+    "tp2+sp": {"parallel.tensor": 2, "parallel.sequence": True},
+    "pp2": {"parallel.pipeline": 2},
+    "interleaved": {"parallel.pipeline": 2, "parallel.schedule": "interleaved", "parallel.chunks": 2},
+    "one after the other": {"parallel.pipeline": 2, "parallel.schedule": "none"},
+    "ep2 gather": {"parallel.expert": 2, "parallel.exchange": "gather"},
+    "ep2 reduce": {"parallel.expert": 2, "parallel.exchange": "reduce"},
+    "dp2": {},
+}
+MODELS: dict[str, Arguments] = {
+    "dense": SMALL,
+    "dense, one sample": {**SMALL, **ONE, "train.global_batch": 4},
+    "dense, one key head": {**SMALL, "model.num_kv_heads": 1, "model.qk_norm": True},
+    "dense, a key head each": {**SMALL, "model.num_kv_heads": 4},
+    "bts": SMALL_BTS,
+    "bts, own streams": {**SMALL_BTS, "bts.expert_stream": "unchanged", "bts.gate_dropout": 0},
+    "bts, two stitches": {**SMALL_BTS, "bts.num_stitch_layers": 2, "bts.start": "hub_preserving"},
+}
+
+
+def cases() -> list[tuple[str, Arguments]]:
+    chosen = {}
+    for layout, settings in LAYOUTS.items():
+        for model, sizes in MODELS.items():
+            if "bts" in model or "ep2" not in layout:
+                chosen[f"{model}, {layout}"] = {**sizes, **settings}
+    for recompute in ("selective", "full"):
+        for layout in ("tp2", "tp2+sp", "pp2", "ep2 reduce"):
+            for model in ("dense", "bts"):
+                if "bts" in model or "ep2" not in layout:
+                    chosen[f"{model}, {layout}, {recompute}"] = {
+                        **MODELS[model],
+                        **LAYOUTS[layout],
+                        "train.recompute": recompute,
+                    }
+    long = {"precision.dtype": "bfloat16", "data.seq_length": 640, "train.global_batch": 4, **ONE}
+    chosen["bts, pp2, bfloat16"] = {**SMALL_BTS, **LAYOUTS["pp2"], **long}
+    return list(chosen.items())
+
+
+@pytest.fixture(scope="module")
+def kept() -> list[dict[str, tuple[float, float]]]:
+    return run_ranks(2, kept_in_steps, 2, cases())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("case", [name for name, _ in cases()])
+def test_activations(kept: list[dict[str, tuple[float, float]]], case: str, rank: int) -> None:
+    real, planned = kept[rank][case]
+    assert planned == pytest.approx(real, rel=BOUND)
