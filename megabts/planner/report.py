@@ -67,13 +67,13 @@ def plan_text(config: RunConfig, plan: Plan) -> str:
 
 
 def _ranking(config: RunConfig, plan: Plan) -> list[str]:
-    rows = [("", "layout", "dp", "recompute", "micro", "GB", "s/step", "tokens/s", "MFU", "bubble", "limit")]
+    rows = [("", "layout", "dp", "recompute", "micro-batches", "GB", "s/step", "tokens/s", "MFU", "bubble", "limit")]
     for number, (layout, step) in enumerate(plan.best, 1):
         train, rates = layout.config.train, _time_json(config, plan, step)
         rows.append(
             (
                 str(number),
-                layout_name(layout.config),
+                layout_name(layout.config, plan.method),
                 str(layout.dp),
                 train.recompute,
                 f"{train.micro_batch} x {layout.num_microbatches}",
@@ -104,13 +104,15 @@ def _details(plan: Plan, layout: Layout, step: StepTime) -> list[str]:
         if size
     ]
     shares = [f"{_SLOWEST[name]} {part / step.seconds:.1%}" for name, part in asdict(step.shares).items() if part > 0]
-    return [
-        f"1, {layout_name(layout.config)}:",
+    lines = [
+        f"1, {layout_name(layout.config, plan.method)}:",
         f"  fullest rank, GB: {split}; total {memory.total / 1e9:.2f} of {cluster.gpu.memory / 1e9:.0f}",
         f"  sent by a rank in a step, GB: {', '.join(traffic) or 'nothing'}",
         f"  the step: {', '.join(shares)}",
-        f"  settings: {settings(layout.config)}",
     ]
+    if plan.method == layout.config.method:
+        lines.append(f"  settings: {settings(layout.config)}")
+    return lines
 
 
 def _nothing_fits(config: RunConfig, plan: Plan) -> list[str]:
@@ -126,8 +128,8 @@ def _nothing_fits(config: RunConfig, plan: Plan) -> list[str]:
     lines = [
         f"Nothing fits: memory. The closest of {plan.num_layouts} layouts needs {need / 1e9:.1f} of "
         f"{cluster.gpu.memory / 1e9:.0f} GB, most of it {largest[0]} ({largest[1] / 1e9:.1f} GB):",
-        f"  {layout_name(closest.config)}, dp {closest.dp}, recompute {closest.config.train.recompute}, micro-batch "
-        f"{closest.config.train.micro_batch}",
+        f"  {layout_name(closest.config, plan.method)}, dp {closest.dp}, recompute {closest.config.train.recompute}, "
+        f"micro-batch {closest.config.train.micro_batch}",
         f"  {', '.join(f'{name} {size / 1e9:.2f}' for name, size in asdict(closest.memory).items())}",
     ]
     enough = smallest_cluster(config, cluster, plan.pinned, plan.method)
@@ -140,8 +142,8 @@ def _nothing_fits(config: RunConfig, plan: Plan) -> list[str]:
     return lines
 
 
-def layout_name(config: RunConfig) -> str:
-    """Short: "tp2+sp pp4x2 ep4 gather"; a single GPU's is "one GPU each"."""
+def layout_name(config: RunConfig, method: str) -> str:
+    """Short: "tp2+sp pp4 x 2 chunks ep4 gather"; "replicas" where every GPU has the whole model."""
     parallel = config.parallel
     words = []
     if parallel.tensor > 1:
@@ -149,7 +151,7 @@ def layout_name(config: RunConfig) -> str:
     if parallel.pipeline > 1:
         words.append(f"pp{parallel.pipeline}{f' x {parallel.chunks} chunks' if parallel.chunks > 1 else ''}")
     if parallel.expert > 1:
-        words.append(f"ep{parallel.expert}{f' {parallel.exchange}' if config.method == 'bts' else ''}")
+        words.append(f"ep{parallel.expert}{f' {parallel.exchange}' if method == 'bts' else ''}")
     return " ".join(words) or "replicas"
 
 

@@ -22,7 +22,7 @@ from megabts.parallel.layout import check_layout
 from megabts.parallel.schedules import ScheduleKind
 from megabts.planner.gpus import Cluster
 from megabts.planner.memory import Memory, fullest_rank
-from megabts.planner.methods import METHODS, Method
+from megabts.planner.methods import ESTIMATES, METHODS, Method
 from megabts.planner.step_time import StepTime, Timed, timed
 from megabts.planner.work import Parts, Work, state_bytes, value_bytes
 
@@ -75,8 +75,8 @@ def plan(
     `pinned`: keys (`parallel.tensor`) that keep the configuration's value. `method`: of the planner's table; "" is the
     configuration's. Raises UsageError for what is not planned for.
     """
-    check_plannable(config, pinned)
     name = method or config.method
+    check_plannable(config, pinned, name)
     layouts = list(every_layout(config, cluster, METHODS[name], pinned))
     fitting = [(x.timed(), x) for x in layouts if x.memory.total <= cluster.gpu.memory]
     best: dict[Mesh, tuple[Layout, StepTime]] = {}
@@ -102,9 +102,13 @@ def smallest_cluster(config: RunConfig, cluster: Cluster, pinned: frozenset[str]
     return None
 
 
-def check_plannable(config: RunConfig, pinned: frozenset[str] = frozenset()) -> None:
+def check_plannable(config: RunConfig, pinned: frozenset[str], method: str) -> None:
     """Raises UsageError for a run that cannot be planned, whatever the cluster."""
     value_bytes(config)
+    if method not in METHODS:
+        raise UsageError(f"--as {method} is unknown; use one of {', '.join(ESTIMATES)}")
+    if method != config.method and (config.method != "bts" or method not in ESTIMATES):
+        raise UsageError(f"--as {method} plans other uses ({', '.join(ESTIMATES)}) of the members of a bts run")
     chosen = sorted(key for key in pinned if key in ("parallel.cuts", "parallel.schedule"))
     if chosen:
         raise UsageError(f"{chosen[0]} is for the planner to choose; leave it out")
@@ -185,7 +189,7 @@ def _settings(config: RunConfig, cluster: Cluster, method: Method, pinned: froze
     values = [_values(config, key, choices, pinned) for key, choices in axes.items()]
     for tp, sequence, ep, exchange, micro_batch in product(*values):
         alone = sequence and tp == 1 and "parallel.sequence" not in pinned
-        same = exchange == "reduce" and ep == 1 and "parallel.exchange" not in pinned
+        same = exchange == "reduce" and (ep == 1 or method.splits_samples) and "parallel.exchange" not in pinned
         if alone or same or cluster.num_gpus % (tp * ep) or (method.splits_samples and members % ep):
             continue
         parallel = replace(
@@ -204,7 +208,8 @@ def _pipelines(
         dp = cluster.num_gpus // (inner * pp)
         split = dp * given.expert if method.splits_samples else dp
         schedule: ScheduleKind = "interleaved" if chunks > 1 else "1f1b"
-        if cluster.num_gpus % (inner * pp) or chosen.train.global_batch % (chosen.train.micro_batch * split):
+        count, rest = divmod(chosen.train.global_batch, max(1, chosen.train.micro_batch * split))
+        if cluster.num_gpus % (inner * pp) or rest or (chunks > 1 and count % pp):
             continue
         try:
             parallel = replace(given, pipeline=pp, schedule=schedule, chunks=chunks)

@@ -116,7 +116,7 @@ class Timed:
             kind: m / pp * sum(sum(getattr(stage, kind)) for stage in self.stages)
             for kind in ("compute", "memory", "tp", "ep")
         }
-        waiting = seconds - sum(mean.values())
+        waiting = max(0.0, seconds - sum(mean.values()))  # rounding
         mean["memory"] += self.after[1]
         return StepTime(step, waiting / seconds, Shares(**mean, dp=self.after[0], bubble=waiting), self.traffic)
 

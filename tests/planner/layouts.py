@@ -4,7 +4,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,9 @@ from megabts.train.stages import Stages
 Arguments = dict[str, Any]
 
 
-def configured(base: Arguments, **more: Any) -> RunConfig:
-    """{"parallel.tensor": 2} as a configuration; keyword parallel__tensor is the same key."""
-    settings = {**base, **{key.replace("__", "."): value for key, value in more.items()}}
-    return load_config([f"--{key}={str(value)}" for key, value in settings.items()])
+def configured(settings: Arguments) -> RunConfig:
+    """{"parallel.tensor": 2, ..} as a configuration."""
+    return load_config([f"--{key}={value!s}" for key, value in settings.items()])
 
 
 def predicted(config: RunConfig, mesh: ParallelMesh) -> Memory:
@@ -100,20 +98,25 @@ def kept_in_steps(rank: int, world: int, cases: list[tuple[str, Arguments]]) -> 
     for name, settings in cases:
         config = configured(settings)
         mesh = build_mesh(config.parallel, world, rank)
-        model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, DTYPES[config.precision.dtype], "cpu"))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        stages = Stages(model, mesh, config.parallel, torch.device("cpu"))
-        saved = Saved(model.parameters())
-        run_layers = model.run_layers
-
-        def watched(first: int, last: int, hidden: Tensor, *rest: Any) -> Tensor:
-            if torch.is_grad_enabled() and first > 0:
-                saved.hold(hidden, hidden)  # the pipeline keeps what it received
-            return run_layers(first, last, hidden, *rest)
-
-        model.run_layers = watched  # type: ignore[method-assign]
-        with saved.watching():
-            stages.losses(batches_of(config, mesh.dp.size), 1, backward=True)
-        found[name] = (float(saved.peak), predicted(config, mesh).activations)
+        found[name] = (kept_in_step(config, mesh), predicted(config, mesh).activations)
     return found
+
+
+def kept_in_step(config: RunConfig, mesh: ParallelMesh) -> float:
+    """The most bytes that autograd keeps on this rank in a step."""
+    model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, DTYPES[config.precision.dtype], "cpu"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    stages = Stages(model, mesh, config.parallel, torch.device("cpu"))
+    saved = Saved(model.parameters())
+    run_layers = model.run_layers
+
+    def watched(first: int, last: int, hidden: Tensor, *rest: Any) -> Tensor:
+        if torch.is_grad_enabled() and first > 0:
+            saved.hold(hidden, hidden)  # the pipeline keeps what it received
+        return run_layers(first, last, hidden, *rest)
+
+    model.run_layers = watched  # type: ignore[method-assign]
+    with saved.watching():
+        stages.losses(batches_of(config, mesh.dp.size), 1, backward=True)
+    return float(saved.peak)
