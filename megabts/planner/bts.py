@@ -62,22 +62,37 @@ def stitch_work(config: RunConfig, flow: StitchFlow, placement: Placement) -> Wo
     d, everywhere, value = config.model.hidden_size, rows(config), value_bytes(config)
     gates = _num_gates(flow.point.kind, placement)
     moved = [each * gates * everywhere * d / config.parallel.tensor * value / 2 for each in GATE_BYTES]
-    linears = len(placement.experts) + bool(gates)
-    sent = tensor_bytes(config, d)
-    # A gradient sum for all linears of one input; a state that leaves as a slice is gathered: half an all-reduce each.
-    into_hub = flow.point.kind == "experts_into_hub"
-    entered = linears if into_hub else bool(gates)
-    left = len(placement.experts) + (placement.has_hub and into_hub)
-    entering = sent / 2 if config.parallel.sequence else 0.0
     return Work(
         parameters=parameters,
         trainable=trainable,
         kept=_kept(config, flow, placement),
         working=everywhere * value * d * 4,
         moved=(moved[0], moved[1]),
-        tensor=(entered * entering + left * sent / 2, entered * (sent - entering) + left * entering),
+        tensor=_tensor(config, flow, placement),
         expert=_exchanged(config, flow, placement),
     )
+
+
+def _tensor(config: RunConfig, flow: StitchFlow, placement: Placement) -> tuple[float, float]:
+    """Bytes over tp, in halves of an all-reduce: states enter whole, or are taken as slices, and leave as slices.
+
+    Into the hub enter the local experts and, where gates are, the hub, whose slice is taken; into the experts enters
+    the hub, and the experts' slices are taken. Under sequence parallelism slices change places all-to-all.
+    """
+    half, tp = tensor_bytes(config, config.model.hidden_size) / 2, config.parallel.tensor
+    experts, hub, before = list(placement.experts), [HUB] * placement.has_hub, flow.before
+    last = flow.point.after == config.model.num_layers
+    gates = [HUB] * bool(_num_gates(flow.point.kind, placement))
+    if flow.point.kind == "hub_into_experts":
+        entered, sliced, left = gates, experts, experts
+    else:
+        left = hub + experts * (config.bts.expert_stream == "projected" and not last)
+        entered, sliced = gates + experts, hub
+    entering, slicing = (sum(name in before for name in names) for names in (entered, sliced))
+    if not config.parallel.sequence:
+        return half * len(left), half * (2 * entering + slicing)
+    through = len(sliced) + len(left)
+    return half * (len(entered) + through / tp), half * (entering + (slicing + len(left)) / tp)
 
 
 def _kept(config: RunConfig, flow: StitchFlow, placement: Placement) -> float:

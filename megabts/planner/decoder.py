@@ -65,7 +65,9 @@ def layer_work(config: RunConfig, *, trains: bool, passes: bool) -> Work:
     forward_moved = moved[0] * everywhere
     backward_moved = (moved[1] * everywhere + full * forward_moved) if backward else 0.0
     # Forward: two sums over tp. Backward: two; under sequence parallelism a trained linear's input is gathered again.
-    times = (2 + full * 2 + trains * config.parallel.sequence) if backward else 0
+    # Recomputation ends before the layer's last sum.
+    sequence = config.parallel.sequence
+    times = (2 + full * (1.5 if sequence else 1) + trains * sequence) if backward else 0
     return Work(
         parameters=count,
         trainable=count if trains else 0,
@@ -109,14 +111,14 @@ def embedding_work(config: RunConfig, *, trains: bool) -> Work:
     count, everywhere, d = vocabulary_elements(config), rows(config), config.model.hidden_size
     value, tp = value_bytes(config), config.parallel.tensor
     tokens = (8 if tp == 1 else 17) * everywhere if trains else 0.0
-    gradient = count * value if trains else 0.0
+    gradient, half = count * value if trains else 0.0, tensor_bytes(config, d) / 2
     return Work(
         parameters=count,
         trainable=count if trains else 0,
         kept=tokens,
         working=everywhere * d * value + gradient,
         moved=(2 * everywhere * d * value, gradient),
-        tensor=(tensor_bytes(config, d), tensor_bytes(config, d) if config.parallel.sequence else 0.0),
+        tensor=(half, trains * half) if config.parallel.sequence else (2 * half, 0.0),
     )
 
 
@@ -139,7 +141,7 @@ def head_work(config: RunConfig, *, trains: bool, passes: bool) -> Work:
         entry=entry,
         working=working,
         moved=(norm[0] + everywhere * vocabulary / d * LOGIT_BYTES, (norm[1] if passes else 0.0) + gradient),
-        tensor=(sent if config.parallel.sequence else 0.0, sent if passes else 0.0),
+        tensor=(sent / 2, passes * sent / 2) if config.parallel.sequence else (0.0, passes * sent),
     )
 
 

@@ -161,7 +161,8 @@ def timed(
     hidden = min((stage.seconds(1) for stage, need in zip(seconds, needs, strict=True) if need), default=0.0)
     exposed = max(0.0, reduced / link - hidden) + gathered / link
     steps = trainable * STEP_BYTES / group / (cluster.gpu.memory_bandwidth * MEMORY_SHARE)
-    messages = (2 if all(needs) else 1) * parallel.chunks * num_microbatches if pp > 1 else 0
+    sends = [[(k + 1 < len(needs)) + (k > 0 and needs[k - 1]) for k in range(r, len(needs), pp)] for r in range(pp)]
+    messages = num_microbatches * max(map(sum, sends))
     traffic = Traffic(
         tp=num_microbatches * max(sum(rank.tensor) for rank in ranks),
         ep=num_microbatches * max(sum(rank.expert) for rank in ranks),

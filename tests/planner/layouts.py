@@ -1,15 +1,17 @@
-"""What the planner says of one rank of one layout, and what that rank really holds."""
+"""What the planner says of one rank of one layout, and what that rank really holds and sends."""
 
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megabts.build import BUILDERS, make_backend, stage_cuts
 from megabts.config.load import load_config
@@ -18,8 +20,10 @@ from megabts.data.loader import Batch
 from megabts.parallel.balance import stages_with_backward
 from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh, build_mesh
+from megabts.planner.gpus import Cluster
 from megabts.planner.memory import Memory, rank_memory
 from megabts.planner.methods import METHODS
+from megabts.planner.step_time import Traffic, timed
 from megabts.planner.work import state_bytes
 from megabts.runtime.device import DTYPES
 from megabts.train.stages import Stages
@@ -84,6 +88,41 @@ class Saved:
             yield
 
 
+class Sent(TorchDispatchMode):
+    """Bytes that one of two ranks sends inside: in ring collectives, and from rank to rank (received ones, too).
+
+    What is smaller than 1 KiB is left out.
+    """
+
+    ROUNDS: ClassVar = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rings = self.sent = self.received = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._opname
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            nbytes = max((x.numel() * x.element_size() for x in tensors), default=0)  # the whole of a collective
+            if nbytes >= 1024:
+                self.rings += self.ROUNDS.get(name, 0) / 2 * nbytes
+                self.sent += nbytes * (name == "send")
+                self.received += nbytes * (name == "recv_")
+        return func(*args, **(kwargs or {}))
+
+
+def predicted_traffic(config: RunConfig, mesh: ParallelMesh) -> Traffic:
+    """What the planner says the busiest rank sends in a step."""
+    method, parallel = METHODS[config.method], config.parallel
+    cuts, count = stage_cuts(config, mesh.dp.size), num_microbatches(config, mesh.dp.size)
+    ranks = [method.parts(config, ep_rank) for ep_rank in range(parallel.expert)]
+    state = state_bytes(config)
+    works, costs = [parts.stages(cuts, state) for parts in ranks], method.costs(config).of_stages(cuts)
+    message = max(parts.states for parts in ranks) * state
+    return timed(config, Cluster.of("h100", 2, 1), works, costs, message, count, mesh.dp.size).traffic
+
+
 def batches_of(config: RunConfig, dp: int) -> list[Batch]:
     """One step's micro-batches of this rank, of any tokens."""
     size, length = config.train.micro_batch, config.data.seq_length
@@ -92,23 +131,34 @@ def batches_of(config: RunConfig, dp: int) -> list[Batch]:
     return [Batch(tokens, tokens, ones, None, index * size) for index in range(num_microbatches(config, dp))]
 
 
-def kept_in_steps(rank: int, world: int, cases: list[tuple[str, Arguments]]) -> dict[str, tuple[float, float]]:
-    """{case: (most bytes that autograd really kept in a step, the planner's)} on this rank."""
-    found = {}
+Figures = dict[str, dict[str, tuple[float, float]]]
+"""By case and figure: (real, planned)."""
+
+
+def figures_of_steps(rank: int, world: int, cases: list[tuple[str, Arguments]]) -> Figures:
+    """Of this rank: the most bytes that autograd kept in a step, and those it sent."""
+    found: Figures = {}
     for name, settings in cases:
         config = configured(settings)
         mesh = build_mesh(config.parallel, world, rank)
-        found[name] = (kept_in_step(config, mesh), predicted(config, mesh).activations)
+        saved, sent = one_step(config, mesh)
+        traffic = predicted_traffic(config, mesh)
+        found[name] = {
+            "kept": (float(saved.peak), predicted(config, mesh).activations),
+            "rings": (sent.rings, traffic.tp),
+            "sent": (sent.sent, traffic.pp),
+            "sent and received": (sent.sent + sent.received, traffic.ep),
+        }
     return found
 
 
-def kept_in_step(config: RunConfig, mesh: ParallelMesh) -> float:
-    """The most bytes that autograd keeps on this rank in a step."""
+def one_step(config: RunConfig, mesh: ParallelMesh) -> tuple[Saved, Sent]:
+    """Forward and backward of all of a step's micro-batches."""
     model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, DTYPES[config.precision.dtype], "cpu"))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     stages = Stages(model, mesh, config.parallel, torch.device("cpu"))
-    saved = Saved(model.parameters())
+    saved, sent = Saved(model.parameters()), Sent()
     run_layers = model.run_layers
 
     def watched(first: int, last: int, hidden: Tensor, *rest: Any) -> Tensor:
@@ -117,6 +167,6 @@ def kept_in_step(config: RunConfig, mesh: ParallelMesh) -> float:
         return run_layers(first, last, hidden, *rest)
 
     model.run_layers = watched  # type: ignore[method-assign]
-    with saved.watching():
+    with saved.watching(), sent:
         stages.losses(batches_of(config, mesh.dp.size), 1, backward=True)
-    return float(saved.peak)
+    return saved, sent
