@@ -47,7 +47,7 @@ GPUS = {
     "a100-80g": Gpu("A100 80 GB", 80e9, 2.039e12, 300e9, 25e9, PEAK_FLOPS["A100"], 19.5e12),
     "h100": Gpu("H100", 80e9, 3.35e12, 450e9, 50e9, PEAK_FLOPS["H100"], 67e12),
     "h200": Gpu("H200", 141e9, 4.8e12, 450e9, 50e9, PEAK_FLOPS["H200"], 67e12),
-    "b200": Gpu("B200", 180e9, 7.7e12, 900e9, 50e9, PEAK_FLOPS["B200"], 75e12),
+    "b200": Gpu("B200", 180e9, 8.0e12, 900e9, 50e9, PEAK_FLOPS["B200"], 75e12),
 }
 """By the name that the planner's --gpu takes."""
 

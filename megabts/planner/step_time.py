@@ -39,7 +39,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that the busiest rank sends in a step, by mesh axis."""
+    """Bytes that the busiest rank sends in a step, by mesh axis; ep: sends or, at a gather to the hub, receives."""
 
     tp: float
     ep: float
