@@ -25,7 +25,7 @@ from megabts.model.part import Part
 from megabts.model.te_backend import TEBackend
 from megabts.model.te_fp8 import amax_group
 from megabts.model.torch_backend import TorchBackend
-from megabts.parallel.balance import Costs, check_cuts, fastest_cuts, parts_of
+from megabts.parallel.balance import Costs, check_cuts, fastest_cuts
 from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
@@ -80,8 +80,8 @@ def _part(config: RunConfig, mesh: ParallelMesh) -> Part:
     """What of the model this rank's place on the pipeline axis holds."""
     if mesh.pp.size == 1:
         return Part.whole(config.model.num_layers)
-    cuts, chunks = stage_cuts(config, mesh.dp.size), config.parallel.chunks
-    return Part(*parts_of(cuts, config.model.num_layers, mesh.pp.size, chunks, mesh.pp.rank), tuple(cuts))
+    cuts = stage_cuts(config, mesh.dp.size)
+    return Part.of_rank(mesh.pp.rank, mesh.pp.size, config.model.num_layers, cuts, config.parallel.chunks)
 
 
 def _dense(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> Decoder:

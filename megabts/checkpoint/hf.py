@@ -31,32 +31,32 @@ COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class Part:
+class Theirs:
     """One tensor of the other side: its name and shape, the shape in words that `_sizes` gives numbers."""
 
     name: str
     shape: tuple[str, ...]
 
 
-Names = Mapping[str, tuple[Part, ...]]
+Names = Mapping[str, tuple[Theirs, ...]]
 
 LLAMA_NAMES: Names = {
-    EMBEDDING: (Part("model.embed_tokens.weight", ("vocab", "hidden")),),
-    "layers.{i}.attention_norm.weight": (Part("model.layers.{i}.input_layernorm.weight", ("hidden",)),),
+    EMBEDDING: (Theirs("model.embed_tokens.weight", ("vocab", "hidden")),),
+    "layers.{i}.attention_norm.weight": (Theirs("model.layers.{i}.input_layernorm.weight", ("hidden",)),),
     "layers.{i}.attention.qkv.weight": (
-        Part("model.layers.{i}.self_attn.q_proj.weight", ("query", "hidden")),
-        Part("model.layers.{i}.self_attn.k_proj.weight", ("key_value", "hidden")),
-        Part("model.layers.{i}.self_attn.v_proj.weight", ("key_value", "hidden")),
+        Theirs("model.layers.{i}.self_attn.q_proj.weight", ("query", "hidden")),
+        Theirs("model.layers.{i}.self_attn.k_proj.weight", ("key_value", "hidden")),
+        Theirs("model.layers.{i}.self_attn.v_proj.weight", ("key_value", "hidden")),
     ),
-    "layers.{i}.attention.out.weight": (Part("model.layers.{i}.self_attn.o_proj.weight", ("hidden", "query")),),
-    "layers.{i}.mlp_norm.weight": (Part("model.layers.{i}.post_attention_layernorm.weight", ("hidden",)),),
+    "layers.{i}.attention.out.weight": (Theirs("model.layers.{i}.self_attn.o_proj.weight", ("hidden", "query")),),
+    "layers.{i}.mlp_norm.weight": (Theirs("model.layers.{i}.post_attention_layernorm.weight", ("hidden",)),),
     "layers.{i}.mlp.gate_up.weight": (
-        Part("model.layers.{i}.mlp.gate_proj.weight", ("ffn", "hidden")),
-        Part("model.layers.{i}.mlp.up_proj.weight", ("ffn", "hidden")),
+        Theirs("model.layers.{i}.mlp.gate_proj.weight", ("ffn", "hidden")),
+        Theirs("model.layers.{i}.mlp.up_proj.weight", ("ffn", "hidden")),
     ),
-    "layers.{i}.mlp.down.weight": (Part("model.layers.{i}.mlp.down_proj.weight", ("hidden", "ffn")),),
-    "final_norm.weight": (Part("model.norm.weight", ("hidden",)),),
-    HEAD: (Part("lm_head.weight", ("vocab", "hidden")),),
+    "layers.{i}.mlp.down.weight": (Theirs("model.layers.{i}.mlp.down_proj.weight", ("hidden", "ffn")),),
+    "final_norm.weight": (Theirs("model.norm.weight", ("hidden",)),),
+    HEAD: (Theirs("lm_head.weight", ("vocab", "hidden")),),
 }
 FAMILIES: Mapping[str, Names] = {"llama": LLAMA_NAMES}
 
@@ -135,7 +135,9 @@ def _open_shards(hf_dir: Path, stack: ExitStack) -> dict[str, Any]:
     return {name: file for name, file in source.items() if not name.endswith(COMPUTED_SUFFIX)}
 
 
-def _check_tied(hf_dir: Path, source: Mapping[str, Any], embedding: tuple[Part, ...], head: tuple[Part, ...]) -> None:
+def _check_tied(
+    hf_dir: Path, source: Mapping[str, Any], embedding: tuple[Theirs, ...], head: tuple[Theirs, ...]
+) -> None:
     if not torch.equal(_join(hf_dir, source, embedding), _join(hf_dir, source, head)):
         name = head[0].name
         raise UserError(f"{hf_dir}: tie_word_embeddings is true but {name} is not the embedding; correct the flag")
@@ -156,7 +158,7 @@ def _check_complete(hf_dir: Path, source: Mapping[str, Any], names: Names, sizes
             raise UserError(f"{hf_dir}: {part.name} has shape {shape}, {CONFIG} says {want}; correct one of them")
 
 
-def _join(hf_dir: Path, source: Mapping[str, Any], parts: tuple[Part, ...]) -> torch.Tensor:
+def _join(hf_dir: Path, source: Mapping[str, Any], parts: tuple[Theirs, ...]) -> torch.Tensor:
     tensors = [source[part.name].get_tensor(part.name) for part in parts]
     if len({tensor.dtype for tensor in tensors}) > 1:
         listed = ", ".join(part.name for part in parts)
@@ -164,14 +166,14 @@ def _join(hf_dir: Path, source: Mapping[str, Any], parts: tuple[Part, ...]) -> t
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
-def _expand(names: Names, config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+def _expand(names: Names, config: ModelConfig) -> dict[str, tuple[Theirs, ...]]:
     """The table with every layer's number written out, in the model's order."""
     keys = list(names)
     first, last = _layer_span(keys)
     expanded = {key: names[key] for key in keys[:first]}
     for i in range(config.num_layers):
         for key in keys[first:last]:
-            parts = tuple(Part(part.name.format(i=i), part.shape) for part in names[key])
+            parts = tuple(Theirs(part.name.format(i=i), part.shape) for part in names[key])
             expanded[key.format(i=i)] = parts
     return expanded | {key: names[key] for key in keys[last:]}
 

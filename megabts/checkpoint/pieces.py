@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from megabts.parallel.mesh import Axis
+from megabts.parallel.ranges import Range, joined, overlap, without
 from megabts.parallel.sharding import ParamMeta
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Region:
         assert self.dim == 0
         row, passed, found = prod(shape[1:]), 0, []
         for a, b in self.ranges:
-            first, last = max(x, passed), min(y, passed + (b - a) * row)
+            first, last = overlap((x, y), (passed, passed + (b - a) * row))
             if first < last:
                 shift = a * row - passed
                 found.append((first + shift, last + shift, first - x))
@@ -79,12 +78,7 @@ class Piece:
 
 def region_of(meta: ParamMeta, axis: Axis, flat: Range | None = None) -> Region:
     """What a rank of `axis` holds of a parameter, or of that the elements `flat` of the flattened local tensor."""
-    ranges: list[Range] = []
-    for a, b in meta.slices(axis) if meta.dim is not None else []:
-        if ranges and ranges[-1][1] == a:
-            ranges[-1] = (ranges[-1][0], b)
-        else:
-            ranges.append((a, b))
+    ranges = joined(meta.slices(axis)) if meta.dim is not None else []
     if meta.dim is None or ranges == [(0, meta.shape[meta.dim])]:
         region = WHOLE
     else:
@@ -95,8 +89,8 @@ def region_of(meta: ParamMeta, axis: Axis, flat: Range | None = None) -> Region:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One stored tensor: a piece, or what is left of it without the rows that another rank saves."""
+class Fragment:
+    """One tensor to store: a piece, or an interval of what is left of it without the rows that another rank saves."""
 
     name: str
     shape: tuple[int, ...]
@@ -105,24 +99,23 @@ class Part:
     tensor: Tensor
 
 
-def parts_of(piece: Piece) -> list[Part]:
+def fragments_of(piece: Piece) -> list[Fragment]:
     """A piece without the rows that a lower rank of its axis holds too, in as few intervals as there are gaps."""
     region = region_of(piece.meta, piece.axis, piece.flat)
     shape = piece.meta.shape
     x, y = region.interval(shape)
     local = region.local_shape(shape)
     row = prod(local[1:])
-    kept, start = [], x
-    for first, last in (*((a * row, b * row) for a, b in piece.meta.duplicates(piece.axis)), (y, y)):
-        if start < min(first, y):
-            kept.append((start, min(first, y)))
-        start = max(start, last)
+    duplicates = piece.meta.duplicates(piece.axis)
+    kept = list(without((x, y), [(a * row, b * row) for a, b in duplicates]))
     if not prod(shape):
-        kept = [] if piece.meta.duplicates(piece.axis) else [(x, y)]
+        kept = [] if duplicates else [(x, y)]
     if kept == [(x, y)]:
-        return [Part(piece.name, shape, region, piece.tensor.reshape(region.stored_shape(shape)))]
+        return [Fragment(piece.name, shape, region, piece.tensor.reshape(region.stored_shape(shape)))]
     flat = piece.tensor.reshape(-1)
-    return [Part(piece.name, shape, Region(region.dim, region.ranges, (u, v)), flat[u - x : v - x]) for u, v in kept]
+    return [
+        Fragment(piece.name, shape, Region(region.dim, region.ranges, (u, v)), flat[u - x : v - x]) for u, v in kept
+    ]
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ def tables_to_json(tables: Tables) -> dict[str, dict[str, Any]]:
 
 
 Offer = tuple[str, tuple[int, ...], Region]
-"""A part without its values: what a rank tells the others."""
+"""A fragment without its values: what a rank tells the others."""
 
 
 @dataclass(frozen=True)
@@ -204,21 +197,21 @@ class Plan:
     """Who writes what: of the ranks that offer the same region, the first one."""
 
     chosen: Mapping[str, Mapping[int, tuple[str, str]]]
-    """Of this rank: set -> number of the part in its offer -> (file, key)."""
+    """Of this rank: set -> number of the fragment in its offer -> (file, key)."""
     tables: Tables
 
-    def tensors(self, parts: Mapping[str, Sequence[Part]]) -> dict[str, dict[str, Tensor]]:
-        """This rank's tensors by file and key, of the parts that it offered."""
+    def tensors(self, fragments: Mapping[str, Sequence[Fragment]]) -> dict[str, dict[str, Tensor]]:
+        """This rank's tensors by file and key, of the fragments that it offered."""
         files: dict[str, dict[str, Tensor]] = {}
         for name, places in self.chosen.items():
             for number, (file, key) in places.items():
-                files.setdefault(file, {})[key] = parts[name][number].tensor
+                files.setdefault(file, {})[key] = fragments[name][number].tensor
         return files
 
 
-def offer(parts: Mapping[str, Iterable[Part]]) -> dict[str, list[Offer]]:
+def offer(fragments: Mapping[str, Iterable[Fragment]]) -> dict[str, list[Offer]]:
     """What a rank could write, for `make_plan`."""
-    return {name: [(part.name, part.shape, part.region) for part in found] for name, found in parts.items()}
+    return {name: [(one.name, one.shape, one.region) for one in found] for name, found in fragments.items()}
 
 
 def make_plan(offers: Sequence[Mapping[str, Sequence[Offer]]], rank: int) -> Plan:

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabts.checkpoint.manifest import CheckpointError, damaged, read_manifest
-from megabts.checkpoint.pieces import WHOLE, Placed, Range, Region, TensorRecord, region_of
+from megabts.checkpoint.pieces import WHOLE, Placed, Region, TensorRecord, region_of
 from megabts.parallel.mesh import Axis
+from megabts.parallel.ranges import Range
 from megabts.parallel.sharding import ParamMeta
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from megabts.checkpoint.durable import FileRecord, beside, sync_folder
 from megabts.checkpoint.folder import TensorFiles, abandon_folder, space_needed, write_files
 from megabts.checkpoint.manifest import MemberRecord
-from megabts.checkpoint.pieces import Piece, Plan, make_plan, offer, parts_of, tables_to_json
+from megabts.checkpoint.pieces import Piece, Plan, fragments_of, make_plan, offer, tables_to_json
 from megabts.checkpoint.storage import begin_step, publish_step, step_name
 from megabts.errors import UserError
 from megabts.parallel.collectives import broadcast_object, gather_objects
@@ -150,11 +150,11 @@ class Saver:
         `write_checkpoint`.
         """
         assert self._flight is None, "one save at a time"
-        parts = {name: [part for piece in held for part in parts_of(piece)] for name, held in pieces.items()}
+        fragments = {name: [one for piece in held for one in fragments_of(piece)] for name, held in pieces.items()}
         if self._plan is None:
-            self._plan = make_plan(gather_objects(offer(parts)), self.rank)
+            self._plan = make_plan(gather_objects(offer(fragments)), self.rank)
             self._table_bytes = len(json.dumps(tables_to_json(self._plan.tables), indent=1))
-        files = self._plan.tensors(parts)
+        files = self._plan.tensors(fragments)
         if self.rank:
             blobs = {}
         sizes = gather_objects(space_needed(files, blobs))

@@ -73,7 +73,7 @@ def fp8_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_module(model: nn.Module, name: str) -> bool:
-    """Whether the module that a name of `fp8_state` belongs to is in the model, which may be a part of the saved one."""
+    """Whether the module that a name of `fp8_state` belongs to is in the model, maybe a part of the saved one."""
     return name.removeprefix(STATE).rsplit(".", 2)[0] in dict(_te_modules(model))
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from megabts.config.run import OptimizerConfig
 from megabts.errors import UserError
 from megabts.parallel.collectives import all_gather
-from megabts.parallel.ddp import GradientBuffer, Slot, joined, split_like
+from megabts.parallel.ddp import GradientBuffer, Slot, split_like
 from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.ranges import joined
 from megabts.parallel.sharding import NamedParameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -181,15 +181,6 @@ def _shifted(cuts: list[int], length: int) -> Iterator[list[int]]:
                     yield moved
 
 
-def parts_of(
-    cuts: Sequence[int], num_layers: int, num_ranks: int, chunks: int, rank: int
-) -> tuple[tuple[range, ...], bool, bool]:
-    """What a pipeline rank holds: the layers of each of its chunks; whether it has the embedding; the head."""
-    bounds = [0, *cuts, num_layers]
-    mine = tuple(range(bounds[k], bounds[k + 1]) for k in range(rank, num_ranks * chunks, num_ranks))
-    return mine, rank == 0, rank == num_ranks - 1
-
-
 def stages_with_backward(stages: Sequence[Cost]) -> tuple[bool, ...]:
     """Which virtual stages run a backward pass: the first that costs one, and all after it."""
     flags = [stage.backward > 0 for stage in stages]

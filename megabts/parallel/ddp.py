@@ -24,6 +24,7 @@ With one dp rank there is no padding, no copy and no message: shards are the buc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -31,13 +32,13 @@ from torch import Tensor, nn
 
 from megabts.parallel.collectives import all_reduce, reduce_scatter_single
 from megabts.parallel.mesh import Axis, ParallelMesh
+from megabts.parallel.ranges import Range, joined, overlap, without
 from megabts.parallel.sharding import NamedParameters, ParamMeta
 
 _ALIGN = 32
 """Shards begin at multiples of so many elements (128 bytes of fp32), which is what communication libraries like."""
 
 Named = tuple[str, nn.Parameter, ParamMeta]
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,9 @@ class GradientBuffer:
             mine, slots, start = (dp.rank * own, (dp.rank + 1) * own), [], 0
             for name, parameter, meta in pack:
                 end = start + parameter.numel()
-                first, last = _overlap((start, end), mine)
+                first, last = overlap((start, end), mine)
                 covered = (first - start, last - start) if first < last else (0, 0)
-                once = () if name in tied and self.mesh.pp.rank else tuple(_without(covered, self._copies(meta)))
+                once = () if name in tied and self.mesh.pp.rank else tuple(without(covered, self._copies(meta)))
                 grad = flat[start:end].view(parameter.shape)
                 slots.append(Slot(name, parameter, meta, begin + start, grad, covered, offset + first - mine[0], once))
                 counted += [(begin + start + a, begin + start + b) for a, b in once]
@@ -242,16 +243,6 @@ def split_like(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
     return views
 
 
-def joined(ranges: Iterable[Range]) -> list[Range]:
-    """The same elements in fewer ranges: neighbours become one."""
-    result: list[Range] = []
-    for a, b in ranges:
-        if result and result[-1][1] == a:
-            a = result.pop()[0]
-        result.append((a, b))
-    return result
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Part of a gradient that must be added up over tp."""
@@ -289,10 +280,7 @@ def _partial_pieces(slot: Slot, tp: Axis) -> Iterator[_Piece]:
 
 def _elements(meta: ParamMeta, axis: Axis, rows: Range) -> Range:
     """Local rows (of the first dimension) as a range of elements of the flat local tensor."""
-    shape = meta.local_shape(axis)
-    width = 1
-    for size in shape[1:]:
-        width *= size
+    width = prod(meta.local_shape(axis)[1:])
     return rows[0] * width, rows[1] * width
 
 
@@ -311,18 +299,3 @@ def _pack(items: list[Named], capacity: int) -> list[list[Named]]:
 
 def _padded(size: int, num_ranks: int) -> int:
     return size if num_ranks == 1 else -(-size // (num_ranks * _ALIGN)) * num_ranks * _ALIGN
-
-
-def _overlap(a: Range, b: Range) -> Range:
-    return max(a[0], b[0]), min(a[1], b[1])
-
-
-def _without(whole: Range, holes: list[Range]) -> Iterator[Range]:
-    """What is left of a range; holes ascend."""
-    start, end = whole
-    for first, last in holes:
-        if start < min(first, end):
-            yield start, min(first, end)
-        start = max(start, last)
-    if start < end:
-        yield start, end

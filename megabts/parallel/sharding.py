@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megabts.errors import UsageError, UserError
 from megabts.parallel.mesh import Axis, ParallelMesh
+from megabts.parallel.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ParamMeta:
     """Every rank of `axis` computes a part of the gradient, and the parts add up. So it is, without this mark, with
     rows that several ranks hold because a part has fewer units than there are ranks."""
 
-    def slices(self, axis: Axis) -> list[tuple[int, int]]:
+    def slices(self, axis: Axis) -> list[Range]:
         """Ranges [start, end) along `dim` that `axis.rank` holds, in order.
 
         Raises UsageError when a part divides neither way.
@@ -67,15 +68,15 @@ class ParamMeta:
         length = sum(b - a for a, b in self.slices(axis))
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
-    def replicated(self, axis: Axis) -> list[tuple[int, int]]:
+    def replicated(self, axis: Axis) -> list[Range]:
         """Ranges of this rank's rows (along `dim`, or the first) that other ranks of `axis` hold too."""
         return self._shared_rows(axis, first_holder_too=True)
 
-    def duplicates(self, axis: Axis) -> list[tuple[int, int]]:
+    def duplicates(self, axis: Axis) -> list[Range]:
         """Ranges of this rank's rows that a lower rank of `axis` holds already."""
         return self._shared_rows(axis, first_holder_too=False)
 
-    def _shared_rows(self, axis: Axis, *, first_holder_too: bool) -> list[tuple[int, int]]:
+    def _shared_rows(self, axis: Axis, *, first_holder_too: bool) -> list[Range]:
         if axis.size == 1:
             return []
         if self.dim is None:
@@ -101,7 +102,7 @@ class ParamMeta:
         return torch.empty(self.shape).normal_(0.0, self.value, generator=generator)
 
 
-def _share(count: int, axis: Axis) -> tuple[int, int]:
+def _share(count: int, axis: Axis) -> Range:
     """The units [first, last) of a part of `count` units that a rank holds."""
     if count % axis.size == 0:
         each = count // axis.size

@@ -23,6 +23,7 @@ from megabts.errors import UsageError
 from megabts.parallel.collectives import SEQUENCE, all_gather, all_gather_single, enter, leave, reduce_scatter_single
 from megabts.parallel.cross_entropy import linear_cross_entropy
 from megabts.parallel.mesh import Axis
+from megabts.parallel.ranges import Range
 from megabts.parallel.sharding import ParamMeta
 
 
@@ -188,15 +189,15 @@ class Vocabulary(nn.Module):
 class VocabMeta(ParamMeta):
     """A [V, D] parameter split by rows in blocks of ceil(V / tp), the last one shorter."""
 
-    def slices(self, axis: Axis) -> list[tuple[int, int]]:
+    def slices(self, axis: Axis) -> list[Range]:
         """The one block of rows that `axis.rank` holds."""
         return [vocab_range(self.shape[0], axis)]
 
-    def _shared_rows(self, axis: Axis, *, first_holder_too: bool) -> list[tuple[int, int]]:
+    def _shared_rows(self, axis: Axis, *, first_holder_too: bool) -> list[Range]:
         return []
 
 
-def vocab_range(vocab_size: int, tp: Axis) -> tuple[int, int]:
+def vocab_range(vocab_size: int, tp: Axis) -> Range:
     """Rows [first, last) of the vocabulary on this rank."""
     block = -(-vocab_size // tp.size)
     return min(tp.rank * block, vocab_size), min((tp.rank + 1) * block, vocab_size)

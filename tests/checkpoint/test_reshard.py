@@ -14,7 +14,7 @@ from torch import Tensor
 from megabts.checkpoint import pieces as pieces_module
 from megabts.checkpoint.folder import begin_folder, finish_folder, write_files
 from megabts.checkpoint.manifest import MODEL_FILE, CheckpointError, content_hash, read_manifest, verify
-from megabts.checkpoint.pieces import Piece, Placed, Region, TensorRecord, make_plan, offer, parts_of
+from megabts.checkpoint.pieces import Piece, Placed, Region, TensorRecord, fragments_of, make_plan, offer
 from megabts.checkpoint.reader import TensorReader, load_tensors
 from megabts.config.model import ModelConfig
 from megabts.model.decoder import Decoder
@@ -82,11 +82,14 @@ class Rank:
 def write(folder: Path, topology: Topology, metas: Metas, full: Full, state: Full) -> Path:
     """A checkpoint of all ranks of a topology."""
     held = [rank.pieces(metas, full, state) for rank in topology.ranks()]
-    parts = [{name: [p for piece in mine for p in parts_of(piece)] for name, mine in ranked.items()} for ranked in held]
-    offers = [offer(mine) for mine in parts]
+    fragments = [
+        {name: [one for piece in mine for one in fragments_of(piece)] for name, mine in ranked.items()}
+        for ranked in held
+    ]
+    offers = [offer(mine) for mine in fragments]
     begin_folder(folder, [], 0)
     records: dict[str, Any] = {}
-    for number, mine in enumerate(parts):
+    for number, mine in enumerate(fragments):
         plan = make_plan(offers, number)
         records |= write_files(folder, plan.tensors(mine), {}, 0)
     finish_folder(folder, records, make_plan(offers, 0).tables, {}, [])
@@ -251,7 +254,7 @@ def test_pieces_that_make_no_tensor_are_refused(record: TensorRecord, message: s
 def test_ranks_that_do_not_make_up_a_tensor_are_refused() -> None:
     meta = ParamMeta((4, 3), dim=0)
     half = Piece("w", meta, Axis("tp", 2, 0), torch.zeros(2, 3))
-    offers = [offer({"m.safetensors": parts_of(half)})] * 2
+    offers = [offer({"m.safetensors": fragments_of(half)})] * 2
     with pytest.raises(ValueError, match="w: its pieces hold 6 of 12 elements"):
         make_plan(offers, 0)
     assert pieces_module.region_of(meta, Axis("tp", 1, 0), (0, 12)) == Region()

@@ -28,6 +28,12 @@ CUTS = {
 }
 
 
+def test_what_a_rank_holds() -> None:
+    assert Part.of_rank(0, 1, 4, []) == Part.whole(4)
+    assert Part.of_rank(0, 2, 4, [1, 1, 3], 2) == Part((range(1), range(1, 3)), True, False, (1, 1, 3))
+    assert Part.of_rank(1, 2, 4, [1, 1, 3], 2) == Part((range(1, 1), range(3, 4)), False, True, (1, 1, 3))
+
+
 def stages(models: list[Decoder]) -> list[tuple[Decoder, range]]:
     """The virtual stages in the order a micro-batch passes them."""
     chunks = range(len(models[0].part.chunks))

@@ -13,7 +13,6 @@ from megabts.parallel.balance import (
     check_cuts,
     equal_cuts,
     fastest_cuts,
-    parts_of,
     picture,
     predict,
     simulate,
@@ -105,12 +104,6 @@ def test_given_cuts_are_checked() -> None:
     for wrong in ([1, 2], [2, 1, 3], [1, 2, 4], [-1, 1, 2]):
         with pytest.raises(UsageError, match=r"parallel.cuts is .*; 4 stages of 3 layers need 3 ascending numbers"):
             check_cuts(wrong, 3, 4)
-
-
-def test_parts() -> None:
-    assert parts_of([], 4, 1, 1, 0) == ((range(4),), True, True)
-    assert parts_of([1, 1, 3], 4, 2, 2, 0) == ((range(1), range(1, 3)), True, False)
-    assert parts_of([1, 1, 3], 4, 2, 2, 1) == ((range(1, 1), range(3, 4)), False, True)
 
 
 def test_backward_begins_at_the_first_that_costs_one() -> None:
