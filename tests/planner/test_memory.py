@@ -24,6 +24,7 @@ BOUND = 0.02
 EXPERTS = {f"bts.experts.{name}": "x" for name in ("code", "math", "languages")}
 DENSE: Arguments = {"model.preset": "1b", "precision.dtype": "bfloat16", "train.global_batch": 1024}
 STITCHED: Arguments = {**DENSE, "model.preset": "paper-2.7b", "method": "bts", "bts.hub": "x", **EXPERTS}
+CUTS = [4, 7, 9, 11, 13, 15, 17]
 ONE: Arguments = {"train.micro_batch": 1}
 STATES: dict[str, tuple[int, Arguments]] = {
     "dense": (8, {**DENSE}),
@@ -33,7 +34,7 @@ STATES: dict[str, tuple[int, Arguments]] = {
     "bts": (8, STITCHED),
     "bts, side by side": (64, {**STITCHED, "parallel.expert": 4, "parallel.exchange": "gather"}),
     "bts, side by side, sums": (64, {**STITCHED, "parallel.expert": 2, "parallel.exchange": "reduce"}),
-    "bts, depth slices": (64, {**STITCHED, "parallel.pipeline": 8}),
+    "bts, depth slices": (64, {**STITCHED, "parallel.pipeline": 8, "parallel.cuts": CUTS}),
     "bts, everything": (
         1024,
         {
@@ -44,6 +45,7 @@ STATES: dict[str, tuple[int, Arguments]] = {
             "parallel.pipeline": 4,
             "parallel.schedule": "interleaved",
             "parallel.chunks": 2,
+            "parallel.cuts": CUTS,
         },
     ),
 }
