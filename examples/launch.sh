@@ -80,34 +80,12 @@ launch_torchrun() {
         rendezvous=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
     fi
     launch_threads "$ranks"
-    launch_and_wait python3 -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" "${rendezvous[@]}" "$@"
-}
-
-# launch_and_wait TORCHRUN...: run it to its end, hand SIGTERM, SIGINT and SIGUSR1 on, and exit with its code, but 85 where
-# the run was told to stop, saved, and wants to be started again: torchrun makes 1 of every rank's failure, so the run
-# writes 85 into the file LAUNCH_EXIT_CODE.
-launch_and_wait() {
-    local code=0 pid
-    LAUNCH_EXIT_CODE=$(mktemp)
-    export LAUNCH_EXIT_CODE
     # The signals that torchrun hands on to its ranks (of another it dies and leaves them behind), and the seconds that
     # they get for their last step and save before it kills them.
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export TORCHELASTIC_SIGNALS_TO_HANDLE=$PET_SIGNALS_TO_HANDLE # torch before the option
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
-    "$@" &
-    pid=$!
-    trap 'kill -TERM "$pid" 2>/dev/null || true' TERM
-    trap 'kill -INT "$pid" 2>/dev/null || true' INT
-    trap 'kill -USR1 "$pid" 2>/dev/null || true' USR1
-    while :; do # a signal ends `wait`, not the run
-        code=0
-        wait "$pid" || code=$?
-        kill -0 "$pid" 2>/dev/null || break
-    done
-    if [ -s "$LAUNCH_EXIT_CODE" ]; then code=$(cat "$LAUNCH_EXIT_CODE"); fi
-    rm -f "$LAUNCH_EXIT_CODE"
-    exit "$code"
+    exec python3 "$ENVIRONMENT_ROOT/examples/torchrun.py" --nnodes "$nodes" --nproc-per-node "$ranks" "${rendezvous[@]}" "$@"
 }
 
 # launch_threads RANKS: the cores of this node, shared out among its ranks, unless the user has said.

@@ -6,6 +6,7 @@ scontrol is a fake on PATH. What srun does is its environment, so that is set by
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,11 @@ if "--until-usr1" in sys.argv:
     with open(os.environ["LAUNCH_EXIT_CODE"], "w") as file:
         file.write("85")
     sys.exit(85)
-sys.exit(7 if "--fail" in sys.argv else 0)
+if "--end" in sys.argv:
+    code = int(sys.argv[sys.argv.index("--end") + 1].split()[int(os.environ["RANK"] or 0)])
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 """
 
 SCONTROL = """#!/bin/sh
@@ -128,14 +133,14 @@ def test_under_torchrun(run: Run, repository: Path, options: list[str]) -> None:
 def test_two_nodes_from_bash(run: Run, repository: Path, tmp_path: Path) -> None:
     """Node 1 of 2: what torchrun is told. The rendezvous itself is torchrun's own business."""
     (tmp_path / "bin" / "python3").write_text(
-        f'#!/bin/sh\n[ "$2" = torch.distributed.run ] || exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n'
+        f'#!/bin/sh\n[ "${{1##*/}}" = torchrun.py ] || exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n'
     )
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node03", "MASTER_PORT": "1234", "NPROC_PER_NODE": "4"}
     done = run("bash", script(repository), **nodes)
     told = done.stdout.split("\n")
     expected = "--nnodes 2 --nproc-per-node 4 --node-rank 1 --master-addr node03 --master-port 1234"
-    assert told[2:12] == expected.split()
-    assert told[12] == str(repository / "tools/train.py")
+    assert told[1:11] == expected.split()
+    assert told[11] == str(repository / "tools/train.py")
 
     missing = run("bash", script(repository), NNODES="2")
     assert missing.returncode == 1
@@ -194,7 +199,7 @@ def test_srun_over_nodes_without_scontrol_is_refused(run: Run, repository: Path,
 
 
 def test_exit_code_of_a_rank_is_kept(run: Run, repository: Path) -> None:
-    assert run("bash", script(repository), "--fail", LOCAL_RANK="0").returncode == 7
+    assert run("bash", script(repository), "--end", "7", LOCAL_RANK="0", RANK="0").returncode == 7
 
 
 def test_a_signal_reaches_the_ranks_and_85_comes_back(run: Run, repository: Path, tmp_path: Path) -> None:
@@ -206,11 +211,18 @@ def test_a_signal_reaches_the_ranks_and_85_comes_back(run: Run, repository: Path
     )
     done = run("bash", "-c", signalling, script(repository), NPROC_PER_NODE="2", TMPDIR=str(tmp_path))
     assert "code 85" in done.stdout, done.stderr
-    assert not list(tmp_path.glob("tmp.*"))
+    assert not list(tmp_path.glob("launch-*"))
+    assert done.stderr == ""
 
 
-def test_failure_under_torchrun_is_1(run: Run, repository: Path) -> None:
-    assert run("bash", script(repository), "--fail", NPROC_PER_NODE="2").returncode == 1
+@pytest.mark.parametrize("code", [2, 85, -9])
+def test_ranks_that_fail_under_torchrun_give_their_code_and_have_the_word(
+    run: Run, repository: Path, code: int
+) -> None:
+    """Only of one that was killed it is torchrun that tells."""
+    done = run("bash", script(repository), "--end", f"{code} {code}", NPROC_PER_NODE="2")
+    assert done.returncode == max(code, 1)
+    assert re.fullmatch(r"(rank \d \(pid \d+\) was ended by SIGKILL\n)+" if code < 0 else "", done.stderr)
 
 
 def test_help_needs_no_ranks(run: Run, repository: Path) -> None:

@@ -2,8 +2,8 @@
 
 A rank that fails breaks its connections, and then every other rank fails too, in whatever collective it is in. So a
 failing rank first counts itself in the ranks' store (`megabts.runtime.rendezvous`). The first in the count speaks: its
-error goes on as it is. The others leave with exit code 1 and without a word; those stuck in a collective are ended by
-their watchdogs, which see the count too.
+error goes on as it is. The others leave without a word, with the exit code of their own error; those stuck in a
+collective are ended by their watchdogs, which see the count too.
 
 Limits: a rank that is killed counts nothing; then the first rank to miss it says that it lost contact. Without
 torchrun's store (srun), errors before the ranks have met are told by every rank.
@@ -22,7 +22,7 @@ from megabts.errors import UserError
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """Inside the block, an error on several ranks is raised on the first of them; elsewhere it is `SystemExit(1)`.
+    """Inside the block, an error on several ranks is raised on the first of them; elsewhere it is `SystemExit`.
 
     Raises UserError in place of the communication library's error when that is the first one.
     """
@@ -33,7 +33,7 @@ def told_once() -> Iterator[None]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for a rank that failed before: let us say why
         if not _speaks(error):
-            raise SystemExit(1) from None
+            raise SystemExit(error.exit_code if isinstance(error, UserError) else 1) from None
         if not _lost_contact(error):
             raise
         what = str(error).partition("] ")[2].partition(". ")[0]  # gloo says "[pair.cc:553] WHAT. ADVICE"
