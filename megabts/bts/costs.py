@@ -4,8 +4,9 @@ Members are frozen: all their layers run forward, and backward only where their 
 Layers up to the first trainable stitch cost no backward, so a balanced pipeline gives its first stages more of them.
 """
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
+from megabts.bts.flops import stitch_flops
 from megabts.bts.flow import StitchFlow, gradient_flow, needs_gradient
 from megabts.bts.placement import Exchange, Placement
 from megabts.bts.plan import stitch_plan
@@ -33,9 +34,9 @@ def bts_costs(
     placements = [
         Placement.of(bts.members, Axis("ep", num_expert_ranks, rank), exchange) for rank in range(num_expert_ranks)
     ]
-    ranks = [_layers(model, bts, seq_length, recompute, placement) for placement in placements]
-    head = head_flops(model)
     flows = gradient_flow(stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating), bts)
+    ranks = [_layers(model, flows, seq_length, recompute, placement) for placement in placements]
+    head = head_flops(model)
     passes = HUB in needs_gradient(flows, model.num_layers)
     return Costs(
         embedding=Cost(),
@@ -44,10 +45,10 @@ def bts_costs(
     )
 
 
-def _layers(model: ModelConfig, bts: BTSConfig, seq_length: int, recompute: bool, placement: Placement) -> list[Cost]:
+def _layers(
+    model: ModelConfig, flows: Sequence[StitchFlow], seq_length: int, recompute: bool, placement: Placement
+) -> list[Cost]:
     """Each layer of one expert-parallel rank's members, with the stitch after it."""
-    plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
-    flows = gradient_flow(plan, bts)
     stitches = {flow.point.after: flow for flow in flows}
     layer, linear = layer_flops(model, seq_length), 2.0 * model.hidden_size**2
     costs = []
@@ -55,24 +56,7 @@ def _layers(model: ModelConfig, bts: BTSConfig, seq_length: int, recompute: bool
         passing = len(needs_gradient(flows, depth) & set(placement.local))
         cost = Cost(len(placement.local) * layer, passing * layer * (2 if recompute else 1))
         if depth + 1 in stitches:
-            cost += _stitch(stitches[depth + 1], placement, linear)
+            stitch = stitch_flops(stitches[depth + 1], placement, linear)
+            cost += Cost(stitch.forward, stitch.backward_activation + stitch.backward_weight)
         costs.append(cost)
     return costs
-
-
-def _stitch(flow: StitchFlow, placement: Placement, linear: float) -> Cost:
-    """One rank's share of a stitch: D x D matrices, of its members' projections and of the gates that it computes.
-
-    Projections read the expert (Experts-into-Hub) or the hub (Hub-into-Experts), gates the hub. A frozen matrix passes
-    gradient only if the state it reads needs it, and has no gradient of its own.
-    """
-    merges = flow.point.kind == "experts_into_hub"
-    gathers = merges and placement.exchange == "gather"
-    gates: Collection[str] = placement.local
-    if gathers:
-        gates = placement.members if placement.has_hub else ()
-    matrices = [(name, HUB) for name in gates if merges or name != HUB]
-    matrices += [(name, name if merges else HUB) for name in placement.experts]
-    weight = sum(linear for owner, _ in matrices if owner in flow.trained)
-    passing = sum(linear for owner, source in matrices if owner in flow.trained or source in flow.before)
-    return Cost(linear * len(matrices), passing + weight)

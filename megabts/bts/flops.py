@@ -8,6 +8,7 @@ needs no gradient (the first stitch, and the gate of the first Experts-into-Hub)
 from collections.abc import Sequence
 
 from megabts.bts.flow import StitchFlow, gradient_flow
+from megabts.bts.placement import ALONE, Placement
 from megabts.bts.plan import StitchPoint
 from megabts.config.methods import HUB, BTSConfig
 from megabts.config.model import ModelConfig
@@ -29,13 +30,13 @@ def bts_flops(
     """
     assert plan[-1].kind == "experts_into_hub", "a stitch plan ends with an Experts-into-Hub layer"
     layer = layer_flops(model, seq_length, causal=causal)
-    flows = gradient_flow(plan, bts)
+    flows, together = gradient_flow(plan, bts), Placement.of(bts.members, ALONE)
     total, depth = Flops(), 0
     for flow in flows:
         length = flow.point.after - depth
         assert 0 <= length <= model.num_layers - depth, "stitch positions ascend and lie within the layers"
         total += _frozen(len(bts.members) * length * layer, len(flow.before) * length * layer)
-        total += _stitch(flow, tuple(bts.experts), 2 * model.hidden_size**2)
+        total += stitch_flops(flow, together, 2 * model.hidden_size**2)
         depth = flow.point.after
     rest = (model.num_layers - depth) * layer + head_flops(model)
     return total + _frozen(rest, rest if HUB in flows[-1].after else 0.0)
@@ -46,15 +47,16 @@ def _frozen(forward: float, passing: float) -> Flops:
     return Flops(forward, passing, 0.0)
 
 
-def _stitch(flow: StitchFlow, experts: Sequence[str], linear: float) -> Flops:
-    """One stitch layer: a projection and a gate slice per expert, and the hub's gate slice where it is used.
+def stitch_flops(flow: StitchFlow, placement: Placement, linear: float) -> Flops:
+    """One rank's share of a stitch layer; all of it where all members are on one.
 
-    Each is one D x D matrix of `linear` forward operations. Projections read the expert (Experts-into-Hub) or the hub
-    (Hub-into-Experts), gates always the hub. A frozen one passes gradient only if the state it reads needs it.
+    A projection for each of its experts and the gate slices that are here: each a D x D matrix of `linear` forward
+    operations. Projections read the expert (Experts-into-Hub) or the hub (Hub-into-Experts), gates always the hub. A
+    frozen matrix passes gradient only if the state it reads needs it.
     """
     merges = flow.point.kind == "experts_into_hub"
-    readers = [(name, HUB) for name in ((HUB, *experts) if merges else experts)]
-    readers += [(name, name if merges else HUB) for name in experts]
+    readers = [(name, HUB) for name in placement.gated(flow.point.kind)]
+    readers += [(name, name if merges else HUB) for name in placement.experts]
     weight = sum(linear for owner, _ in readers if owner in flow.trained)
     passing = sum(linear for owner, source in readers if owner in flow.trained or source in flow.before)
     return Flops(linear * len(readers), passing, weight)

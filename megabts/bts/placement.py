@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megabts.bts.plan import Kind
 from megabts.parallel.collectives import all_gather, all_reduce
 from megabts.parallel.mesh import Axis
 
@@ -104,6 +105,14 @@ class Placement:
     def has_hub(self) -> bool:
         """Whether this is the hub's rank."""
         return self.ep.rank == 0
+
+    def gated(self, kind: Kind) -> tuple[str, ...]:
+        """Members whose gate slices of a stitch are on this rank: its own, or all on the hub's rank, which gathers."""
+        if kind == "hub_into_experts":
+            return self.experts
+        if self.exchange == "reduce":
+            return self.local
+        return self.members if self.has_hub else ()
 
 
 class Exchanges:

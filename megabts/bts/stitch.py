@@ -83,21 +83,17 @@ class Stitch(nn.Module):
         self.placement = placement = placement or Placement.of(config.members, ALONE)
         self.flow = flow or gradient_flow([StitchPoint(0, kind)], config)[0]
         self.tp, self.sequence = backend.tp, backend.sequence
-        d, into_hub = hidden_size, kind == "experts_into_hub"
-        gathers = into_hub and placement.exchange == "gather"
-        gated: tuple[str, ...] = placement.local if into_hub else placement.experts
-        if gathers:
-            gated = placement.members if placement.has_hub else ()
+        d, with_hub = hidden_size, kind == "experts_into_hub" and placement.has_hub
         projection, gate = ParamMeta((d, d), "identity", dim=0), ParamMeta((d, d), "constant", dim=0)
         self.projections = nn.ModuleDict(
             {name: backend.column_linear(projection, entered=True) for name in placement.experts}
         )
-        self.gates = nn.ModuleDict({name: backend.column_linear(gate, entered=True) for name in gated})
+        self.gates = nn.ModuleDict({name: backend.column_linear(gate, entered=True) for name in placement.gated(kind)})
         self.metas: dict[str, ParamMeta] = {}
         self.hub_bias = self.mix = None
-        if into_hub and placement.has_hub and config.start == "hub_leaning":
+        if with_hub and config.start == "hub_leaning":
             self.hub_bias = self._vector("hub_bias", d, config.hub_bias, backend)
-        if into_hub and placement.has_hub and config.start == "hub_preserving":
+        if with_hub and config.start == "hub_preserving":
             self.mix = self._vector("mix", d, 0.0, backend)
 
     def _vector(self, name: str, size: int, value: float, backend: Backend) -> nn.Parameter:
