@@ -20,7 +20,7 @@ REPORTERS = ("multiprocessing.api", "agent.server.api")
 
 
 def launch(exit_code: Path) -> int:
-    """Run torchrun with this process's arguments; `exit_code` is where the ranks leave theirs. The code to exit with."""
+    """Run torchrun with this process's arguments; `exit_code`: the ranks' file. Returns the code to exit with."""
     os.environ["LAUNCH_EXIT_CODE"] = str(exit_code)
     for name in REPORTERS:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

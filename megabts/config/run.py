@@ -43,7 +43,7 @@ class ParallelConfig:
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Communication library; auto is nccl on GPUs and gloo on CPU."""
     timeout: int = 300
-    """Seconds after which a collective that some rank never joins ends the run."""
+    """Seconds without progress after which a run of several ranks ends; four times as many at the start and in saves."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "parallel", "tensor", "pipeline", "chunks", "expert", "bucket_mb", "timeout")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megabts.errors import UsageError, UserError
+from megabts.runtime.verdict import PATIENCE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -80,7 +81,7 @@ def start_communication(
 ) -> None:
     """Initialise torch.distributed for more than one rank, who meet at `store`.
 
-    `timeout` in seconds ends a collective that hangs; a watchdog with the same time-out comes first and says more.
+    `timeout` is the watchdog's, in seconds, which ends a run where a rank hangs. Collectives wait longer than it ever does.
     """
     if launch.world_size == 1:
         return
@@ -93,7 +94,7 @@ def start_communication(
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout + WATCHDOG_FIRST),
+        timeout=timedelta(seconds=PATIENCE * timeout + WATCHDOG_FIRST),
     )
 
 

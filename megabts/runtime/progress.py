@@ -26,18 +26,20 @@ class Progress:
 
     def __init__(self) -> None:
         self.stand = Stand()
+        self.first_step = 0
         self.role = ""
 
     def enter(self, phase: str, step: int | None = None, timed: bool = True) -> None:
         """Begin a phase of a step (from 1; None: the step stays). That is progress, also where the phase is the same.
 
-        `timed`: all ranks have like work in it, so that one that takes longer is slow.
+        `timed`: all ranks have like work in it, so that one that takes longer is slow. In a run's first step, which
+        imports, compiles and allocates, nothing is.
         """
         last = self.stand
-        if step is None or step == last.step:
-            self.stand = Stand(last.step, last.moves + 1, phase, timed)
-        else:
-            self.stand = Stand(step, 0, phase, timed)
+        step = last.step if step is None else step
+        self.first_step = self.first_step or step
+        moves = last.moves + 1 if step == last.step else 0
+        self.stand = Stand(step, moves, phase, timed and step > self.first_step)
 
     def take_role(self, role: str) -> None:
         """Name the work this rank does; ranks of one role have the same amount of it and are compared."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from statistics import median
 
 PATIENCE = 4
-"""Where no rank waits for another, all may be busy (loading, compiling): only after so many time-outs is it a hang."""
+"""Only after so many time-outs is it a hang where one rank may have long work that others have not (the start, the
+first step, validation, a save), or where no rank waits for another: all may be busy."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Beat:
     busy: float
     wall: float
     """Seconds so far in timed phases; `busy`: those not spent waiting."""
+    timed: bool
+    """Whether the phase is one in which all ranks have like work."""
     role: str
 
 
@@ -39,6 +42,8 @@ class Verdict:
     """Ranks whose watchdogs speak."""
     others: str
     """What the other ranks do, in words."""
+    seconds: float
+    """Without progress, at least."""
 
 
 def find_hang(
@@ -48,7 +53,8 @@ def find_hang(
 
     `before` and `now`: all ranks' last beats at two times, several beats apart; None for a rank that never sent one.
     `slack`: seconds by which the ranks' beats and last progress may differ. In this order: a rank that fell silent, one
-    that does not wait while others do, and where all wait (or none does, for long) the one that is least far.
+    that does not wait while others do, and where all wait (or none does, for long) the one that is least far. A rank
+    in a phase that is not timed gets `PATIENCE` time-outs.
     """
     silent = [rank for rank, (old, new) in enumerate(zip(before, now, strict=True)) if _fell_silent(old, new)]
     beats = {rank: beat for rank, beat in enumerate(now) if beat is not None and rank not in silent}
@@ -56,14 +62,20 @@ def find_hang(
         return None
     alive = tuple(beats)
     if silent:
-        return Verdict(silent[0], True, alive, "the others wait for it")
+        return Verdict(silent[0], True, alive, "the others wait for it", timeout)
     stuck = [rank for rank in beats if not beats[rank].waiting]
     least = min(stuck or beats, key=lambda rank: (beats[rank].step, beats[rank].moves, rank))
-    if stuck and len(stuck) < len(beats):
-        return Verdict(least, False, alive, f"{len(beats) - len(stuck)} of {len(beats)} ranks wait for others")
-    if stuck and beats[least].idle < PATIENCE * timeout:
+    none_waits = len(stuck) == len(beats)
+    seconds = timeout if beats[least].timed and not none_waits else PATIENCE * timeout
+    if beats[least].idle < seconds:
         return None
-    return Verdict(least, False, alive, "so do all others" if stuck else "all ranks wait, and it is least far")
+    if none_waits:
+        others = "so do all others"
+    elif stuck:
+        others = f"{len(beats) - len(stuck)} of {len(beats)} ranks wait for others"
+    else:
+        others = "all ranks wait, and it is least far"
+    return Verdict(least, False, alive, others, seconds)
 
 
 def _fell_silent(old: Beat | None, new: Beat | None) -> bool:

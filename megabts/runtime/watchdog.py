@@ -17,6 +17,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -29,6 +30,8 @@ from megabts.runtime.verdict import Beat, StragglerWatch, Verdict, find_hang
 
 SAMPLE = 0.02
 """Seconds between two looks at the stacks; a look takes some ten microseconds."""
+WINDOW = 8
+"""A rank is silent when none of its beats came in so many intervals; on a loaded machine some come late."""
 GRACE = 3.0
 """Seconds that a rank gets to leave in good order after another failed."""
 LIKELY = {
@@ -76,7 +79,7 @@ class _Watchdog(threading.Thread):
         self.store = meeting.connect()
         self.asked = math.inf
         self.count = 0
-        self.before: list[Beat | None] = []
+        self.recent: deque[list[Beat | None]] = deque(maxlen=WINDOW + 1)
         self._beat()
 
     def run(self) -> None:
@@ -116,11 +119,11 @@ class _Watchdog(threading.Thread):
         if self.rank == 0:
             self._look_for_stragglers()
         idle = self.sampler.idle
-        if idle < self.timeout - 4 * self.interval:
-            self.before = []
-        elif not self.before:
-            self.before = self._read_beats()
-        elif idle >= self.timeout:
+        if idle < self.timeout - WINDOW * self.interval:
+            self.recent.clear()
+            return
+        self.recent.append(self._read_beats())
+        if idle >= self.timeout and len(self.recent) > WINDOW:
             self._judge()
 
     def _beat(self) -> None:
@@ -137,6 +140,7 @@ class _Watchdog(threading.Thread):
             idle=sampler.idle,
             busy=sampler.busy,
             wall=sampler.wall,
+            timed=stand.timed,
             role=self.progress.role,
         )
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
@@ -161,8 +165,7 @@ class _Watchdog(threading.Thread):
             )
 
     def _judge(self) -> None:
-        now = self._read_beats()
-        verdict = find_hang(self.before, now, self.timeout, slack=3 * self.interval)
+        verdict = find_hang(self.recent[0], self.recent[-1], self.timeout, slack=3 * self.interval)
         if verdict is None:
             return
         if self.store.add("failed", 1) == 1:
@@ -185,7 +188,7 @@ class _Watchdog(threading.Thread):
         """End this rank, and the one that hangs; told by one rank, for which the others wait."""
         if self.rank == _speaker(verdict, self.meeting):
             beat = self._read_beat(verdict.rank)
-            _tell(verdict, beat, self.meeting, self.timeout)
+            _tell(verdict, beat, self.meeting)
             self.store.set("told", "")
         end = time.monotonic() + 2 * GRACE
         while not self.store.check(["told"]) and time.monotonic() < end:
@@ -208,11 +211,11 @@ class _Watchdog(threading.Thread):
 
     def _conclude_alone(self) -> None:
         """The store does not answer, and nothing goes on: who keeps it is stopped. Ranks cannot ask each other."""
-        verdict = Verdict(0, True, tuple(range(1, self.size)), "the others wait for it")
+        verdict = Verdict(0, True, tuple(range(1, self.size)), "the others wait for it", self.timeout)
         if not self.meeting.hosted:
             _say("error: torchrun hangs: its store does not answer; see whether it is stopped")
         elif self.rank == _speaker(verdict, self.meeting):
-            _tell(verdict, None, self.meeting, self.timeout)
+            _tell(verdict, None, self.meeting)
         else:
             time.sleep(GRACE / 2)
         os._exit(1)
@@ -227,7 +230,7 @@ def _speaker(verdict: Verdict, meeting: Meeting) -> int:
     return min(near or verdict.alive)
 
 
-def _tell(verdict: Verdict, beat: Beat | None, meeting: Meeting, timeout: float) -> None:
+def _tell(verdict: Verdict, beat: Beat | None, meeting: Meeting) -> None:
     """The line on a rank that hangs, and its stack; one that does not answer is killed, if it is on this host."""
     culprit = meeting.ranks[verdict.rank]
     own, near = culprit == meeting.me, culprit.place == meeting.me.place
@@ -235,7 +238,7 @@ def _tell(verdict: Verdict, beat: Beat | None, meeting: Meeting, timeout: float)
     same = near and started == culprit.started
     seen = "" if own else "last seen at "
     facts = [f"{seen}step {beat.step}, in {beat.phase}, {where() if own else beat.where}"] if beat else []
-    facts.append(f"no progress for {timeout:g} s")
+    facts.append(f"no progress for {verdict.seconds:g} s")
     if own:
         facts.append(verdict.others)
     elif near:

@@ -20,7 +20,7 @@ from megabts.runtime.rendezvous import Identity, meet
 from megabts.runtime.verdict import PATIENCE, Beat, StragglerWatch, find_hang
 
 ROOT = Path(__file__).resolve().parents[2]
-WAITS = Beat(9, 17, 2, "the gradient sum", True, "a.py:1 f", 12.0, 0.0, 0.0, "")
+WAITS = Beat(9, 17, 2, "the gradient sum", True, "a.py:1 f", 12.0, 0.0, 0.0, True, "")
 WORKS = dataclasses.replace(WAITS, moves=1, phase="forward", waiting=False)
 
 
@@ -54,6 +54,28 @@ def test_where_none_waits_all_may_be_busy() -> None:
     assert judge([WORKS, WORKS]) is None
     long = dataclasses.replace(WORKS, idle=PATIENCE * 10.0)
     assert judge([long, dataclasses.replace(long, moves=0)]) == (1, False)
+
+
+def test_long_work_of_one_rank_alone_gets_more_time() -> None:
+    """The start, the first step, validation, saves. Not where the process itself is stopped."""
+    saves = dataclasses.replace(WORKS, phase="the save", timed=False)
+    assert judge([saves, WAITS]) is None
+    assert judge([dataclasses.replace(saves, waiting=True), WAITS]) is None
+    assert judge([dataclasses.replace(saves, idle=PATIENCE * 10.0), WAITS]) == (0, False)
+    assert judge([saves, WAITS], stopped=(0,)) == (0, True)
+
+
+def test_nothing_is_timed_in_the_first_step_of_a_run() -> None:
+    progress = Progress()
+    assert not progress.stand.timed
+    progress.enter("data", 41)
+    progress.enter("forward")
+    assert not progress.stand.timed
+    progress.enter("data", 42)
+    assert progress.stand.timed
+    progress.enter("the save", timed=False)
+    assert not progress.stand.timed
+    assert (progress.stand.step, progress.stand.moves) == (42, 1)
 
 
 def test_a_rank_that_is_done_is_not_blamed() -> None:
@@ -111,6 +133,7 @@ def test_a_sampler_tells_work_from_waiting() -> None:
     other = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
     sampler = Sampler(progress)
     progress.enter("forward", 1)
+    progress.enter("forward", 2)
     sampler.sample()
     assert not is_waiting()
     thread = threading.Thread(target=lambda: other.wait(["key"]))
