@@ -76,12 +76,17 @@ def share_cores(launch: Launch) -> None:
         torch.set_num_threads(max(1, num_cores() // launch.local_world_size))
 
 
+def collective_timeout(timeout: int) -> timedelta:
+    """How long collectives wait: longer than a watchdog of `timeout` seconds ever does. Groups do not inherit it."""
+    return timedelta(seconds=PATIENCE * timeout + WATCHDOG_FIRST)
+
+
 def start_communication(
     launch: Launch, device: torch.device, backend: str, timeout: int, store: dist.Store | None
 ) -> None:
     """Initialise torch.distributed for more than one rank, who meet at `store`.
 
-    `timeout` is the watchdog's, in seconds, which ends a run where a rank hangs. Collectives wait longer than it ever does.
+    `timeout`: seconds after which the watchdog ends a run where a rank hangs. Collectives wait longer than it ever does.
     """
     if launch.world_size == 1:
         return
@@ -94,7 +99,7 @@ def start_communication(
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(seconds=PATIENCE * timeout + WATCHDOG_FIRST),
+        timeout=collective_timeout(timeout),
     )
 
 
