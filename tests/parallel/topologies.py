@@ -6,19 +6,23 @@ moments). Gradients are read off the first moment after the first step, which is
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megabts.checkpoint.reader import load_tensors
+from megabts.checkpoint.storage import step_name
 from megabts.config.load import load_config
-from megabts.config.run import ParallelConfig
 from megabts.parallel.mesh import build_mesh
 from megabts.runtime.metrics import read_metrics
 from megabts.train.trainer import Trainer
 from tests.bts.folders import write_members
+from tests.te.standin import installed
 from tests.train.runs import arguments, build, make_ids
 
 EXPERTS = ("code", "math", "languages")
@@ -34,6 +38,8 @@ SIZES: dict[str, Any] = {
     "init_std": 0.1,
 }
 STEPS = 3
+RESUMED = 2
+"""Steps after which other runs go on."""
 BETA1 = 0.9
 
 
@@ -109,31 +115,44 @@ def command_line(folder: Path, run_dir: Path, model: str, parallel: dict[str, An
         "optimizer.clip_grad": 0.0,
         "parallel.bucket_mb": 1,
         "precision.dtype": dtype,
+        "precision.layers": "te" if model.endswith("te") else "torch",
         "logging.tensorboard": False,
-        "checkpoint.every": 1,
+        "checkpoint.every": RESUMED,
         "checkpoint.keep": 0,
         "checkpoint.resume": True,
     }
     return arguments(run_dir, {str(folder / "ids"): 1.0}, settings)
 
 
-def train(rank: int, args: list[str]) -> None:
-    """The whole run, from wherever its folder stands, on one of the ranks."""
-    parallel: ParallelConfig = load_config(args).parallel
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    assert Trainer(build(args, build_mesh(parallel, world, rank))).fit() == 0
+@dataclass(frozen=True)
+class Job:
+    """A run to make on some ranks: from nothing, or from the first step of another one."""
+
+    args: list[str]
+    run_dir: Path
+    source: Path | None = None
 
 
-def train_all(rank: int, lines: list[list[str]]) -> None:
-    """Several runs, one after the other."""
-    for args in lines:
-        train(rank, args)
+def train_all(rank: int, jobs: list[Job]) -> None:
+    """Several runs, one after the other, each whole."""
+    world = torch.distributed.get_world_size()
+    for job in jobs:
+        if rank == 0 and job.source:
+            job.run_dir.mkdir(parents=True)
+            step = step_name(RESUMED)
+            shutil.copytree(job.source / step, job.run_dir / step)
+        torch.distributed.barrier()
+        config = load_config(job.args)
+        with transformer_engine() if config.precision.layers == "te" else nullcontext():
+            assert Trainer(build(job.args, build_mesh(config.parallel, world, rank))).fit() == 0
 
 
-def from_step(run_dir: Path, step: int, to: Path) -> None:
-    """A run folder that stands at `step` of `run_dir`."""
-    to.mkdir()
-    shutil.copytree(run_dir / f"step_{step:08d}", to / f"step_{step:08d}")
+@contextmanager
+def transformer_engine() -> Iterator[None]:
+    """Inside the block the stand-in for Transformer Engine is there, and a CPU will do."""
+    with installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megabts.build.check_te", lambda _: None)
+        yield
 
 
 @dataclass(frozen=True)
@@ -148,7 +167,7 @@ class Result:
 
     def tensors(self, step: int, file: str) -> dict[str, torch.Tensor]:
         """Whole tensors saved after `step` steps."""
-        return load_tensors(self.run_dir / f"step_{step:08d}", file)
+        return load_tensors(self.run_dir / step_name(step), file)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Every gradient of the first step."""
