@@ -44,7 +44,7 @@ def make_backend(config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, devi
     if precision.layers == "torch" or torch.device(device).type == "meta":
         return TorchBackend(dtype, device, mesh.tp, sequence)
     check_te(torch.device(device))
-    group = amax_group(mesh) if precision.fp8 == "delayed" else None
+    group = amax_group(mesh, config.parallel.timeout) if precision.fp8 == "delayed" else None
     return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group)
 
 

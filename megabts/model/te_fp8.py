@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megabts.errors import UserError
 from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.device import collective_timeout
 
 FP8 = Literal["none", "current", "delayed", "block"]
 
@@ -42,7 +43,7 @@ def in_fp8() -> bool:
     return enabled
 
 
-def amax_group(mesh: ParallelMesh) -> dist.ProcessGroup | None:
+def amax_group(mesh: ParallelMesh, timeout: int) -> dist.ProcessGroup | None:
     """The ranks that run the same layers of the same member, on slices (tp) and other samples (dp): their delayed
     scales are the same. None for one rank alone; every rank must call it, as it may create groups."""
     if mesh.dp.size == 1 or mesh.tp.size == 1:
@@ -52,7 +53,7 @@ def amax_group(mesh: ParallelMesh) -> dist.ProcessGroup | None:
     for stage in range(mesh.pp.size):
         for place in range(mesh.ep.size):
             ranks = grid[stage, :, place].flatten().tolist()
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=collective_timeout(timeout))
             if mesh.rank in ranks:
                 mine = group
     return mine

@@ -12,7 +12,6 @@ differ only there. At degree 1 the group is None and collectives return early: i
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
 from math import prod
 
 import torch
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from megabts.config.run import ParallelConfig
 from megabts.errors import UsageError
-from megabts.runtime.device import WATCHDOG_FIRST
+from megabts.runtime.device import collective_timeout
 
 AXES = ("pp", "dp", "ep", "tp")
 
@@ -76,9 +75,6 @@ def degrees(config: ParallelConfig, world_size: int) -> tuple[int, int, int, int
 
     Raises UsageError, with the arithmetic, when they do not multiply to `world_size`.
     """
-    for name in ("pipeline", "expert", "tensor"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"parallel.{name} is {getattr(config, name)}; it must be at least 1")
     model = config.pipeline * config.expert * config.tensor
     if world_size % model:
         raise UsageError(
@@ -95,12 +91,11 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMe
     """
     sizes = degrees(config, world_size)
     grid = torch.arange(world_size).view(sizes)
-    timeout = timedelta(seconds=config.timeout + WATCHDOG_FIRST)  # groups do not inherit it
     axes = {}
     for dim, name in enumerate(AXES):
         lines = grid.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
         for line in lines:
-            group = dist.new_group(line, timeout=timeout) if sizes[dim] > 1 else None
+            group = dist.new_group(line, timeout=collective_timeout(config.timeout)) if sizes[dim] > 1 else None
             if rank in line:
                 axes[name] = Axis(name, sizes[dim], line.index(rank), group, tuple(line))
     return ParallelMesh(**axes)

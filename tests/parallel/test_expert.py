@@ -55,7 +55,7 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
 }
 SOME = ("alternating", "unchanged", "hub preserving", "first expert trains", "dropout")
 FEW = ("hub preserving", "dropout")
-PICKED: dict[str, Iterable[str]] = {"ep2": VARIANTS, "ep3": VARIANTS, "tp2 x ep2": FEW, "tp2+sp x ep2": FEW}
+PICKED: dict[str, Iterable[str]] = {"ep2": VARIANTS, "ep4": FEW, "tp2 x ep2": FEW, "tp2+sp x ep2": FEW}
 """Variants of a topology; the others have SOME."""
 
 

@@ -3,6 +3,7 @@
 On ranks over gloo, so with the stand-in for Transformer Engine, whose collectives are its own.
 """
 
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from megabts.model.te_backend import TEBackend
 from megabts.model.te_fp8 import FP8, amax_group, fp8_state, load_fp8_state
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import Axis, ParallelMesh, build_mesh
+from megabts.runtime.device import collective_timeout
 from tests.model.models import VARIANTS, batch, decoder, distance, gradients
 from tests.model.test_te_backend import FP8_SIZES, NOISE, bts_gradients, bts_model
 from tests.parallel.test_tensor import whole_gradient
@@ -57,8 +59,17 @@ def split_bts(rank: int) -> dict[bool, Found]:
         }
 
 
-def test_stitches_on_two_ranks_equal_one() -> None:
-    ranks = run_ranks(2, split_bts)
+def on_two_ranks(rank: int) -> dict[str, Any]:
+    return {"dense": split_decoders(rank, 2), "bts": split_bts(rank), "fp8": split_fp8(rank)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    return run_ranks(2, on_two_ranks)
+
+
+def test_stitches_on_two_ranks_equal_one(two_ranks: list[dict[str, Any]]) -> None:
+    ranks = [found["bts"] for found in two_ranks]
     for sequence in (False, True):
         one = bts_model(TorchBackend(torch.float32, "cpu", Axis("tp"), sequence))
         true_loss, grads = bts_gradients(one, "cpu")
@@ -75,8 +86,7 @@ def same_parameters(found: Decoder, expected: Decoder) -> bool:
     return ours == theirs
 
 
-def check_split_decoders(size: int) -> None:
-    ranks = run_ranks(size, split_decoders, size)
+def check_split_decoders(ranks: list[dict[tuple[str, bool], Found]], size: int) -> None:
     for (case, sequence), (loss, _) in ranks[0].items():
         one = decoder(**CASES[size][case])
         true_loss, grads = gradients(one, *batch())
@@ -87,16 +97,16 @@ def check_split_decoders(size: int) -> None:
             assert distance(found, grads[name]) < 1e-5, (case, sequence, name)
 
 
-def test_two_ranks_equal_one() -> None:
-    check_split_decoders(2)
+def test_two_ranks_equal_one(two_ranks: list[dict[str, Any]]) -> None:
+    check_split_decoders([found["dense"] for found in two_ranks], 2)
 
 
 def test_four_ranks_equal_one() -> None:
-    check_split_decoders(4)
+    check_split_decoders(run_ranks(4, split_decoders, 4), 4)
 
 
 def in_fp8(kind: FP8, mesh: ParallelMesh, sequence: bool = False, recompute: Recompute = "none") -> Decoder:
-    group = amax_group(mesh) if kind == "delayed" else None
+    group = amax_group(mesh, 60) if kind == "delayed" else None
     make = partial(TEBackend, fp8=kind, amax_group=group)
     return decoder(mesh, sequence=sequence, recompute=recompute, library=make, **{**FP8_SIZES, "init_std": 0.05})
 
@@ -137,9 +147,9 @@ def assert_equal(found: list[Found], expected: list[Found]) -> None:
         assert all(torch.equal(grads[name], grad) for name, grad in true_grads.items())
 
 
-def test_fp8_on_two_ranks_is_fp8_on_one() -> None:
+def test_fp8_on_two_ranks_is_fp8_on_one(two_ranks: list[dict[str, Any]]) -> None:
     """Loss within the noise of FP8 (12 products); delayed scaling's state the same on both ranks, and that of one."""
-    ranks = run_ranks(2, split_fp8)
+    ranks = [found["fp8"] for found in two_ranks]
     for kind, sequence in FP8_CASES:
         with installed():
             alone = in_fp8(kind, ParallelMesh())
@@ -162,14 +172,15 @@ def test_scales_are_shared_by_replicas_and_slices_of_the_same_layers(monkeypatch
     """The grid is (pp, dp, ep, tp), tp fastest; every rank creates every group."""
     created: list[list[int]] = []
 
-    def new_group(ranks: list[int]) -> list[int]:
+    def new_group(ranks: list[int], timeout: timedelta) -> list[int]:
+        assert timeout == collective_timeout(10)
         created.append(ranks)
         return ranks
 
     monkeypatch.setattr(dist, "new_group", new_group)
     dp, tp = Axis("dp", 2, 1), Axis("tp", 2, 0)
-    assert amax_group(ParallelMesh(pp=Axis("pp", 2, 1), dp=dp, tp=tp)) == [4, 5, 6, 7]  # type: ignore[comparison-overlap]
+    assert amax_group(ParallelMesh(pp=Axis("pp", 2, 1), dp=dp, tp=tp), 10) == [4, 5, 6, 7]  # type: ignore[comparison-overlap]
     assert created == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert amax_group(ParallelMesh(dp=dp, ep=Axis("ep", 2, 1), tp=tp)) == [2, 3, 6, 7]  # type: ignore[comparison-overlap]
+    assert amax_group(ParallelMesh(dp=dp, ep=Axis("ep", 2, 1), tp=tp), 10) == [2, 3, 6, 7]  # type: ignore[comparison-overlap]
     assert created[2:] == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert amax_group(ParallelMesh(pp=Axis("pp", 2))) is None
+    assert amax_group(ParallelMesh(pp=Axis("pp", 2)), 10) is None

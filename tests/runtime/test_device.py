@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megabts.errors import UserError
 from megabts.runtime import device as runtime
 from megabts.runtime.device import Launch
+from megabts.runtime.verdict import PATIENCE
 
 CPU = torch.device("cpu")
 
@@ -113,4 +114,4 @@ def test_auto_on_cpu_is_gloo_with_the_given_timeout(monkeypatch: pytest.MonkeyPa
     runtime.start_communication(Launch(0, 2, 0), CPU, "auto", 77, None)
     ((args, keywords),) = calls
     assert args == ("gloo",)
-    assert keywords["timeout"].total_seconds() == 77 + runtime.WATCHDOG_FIRST
+    assert keywords["timeout"].total_seconds() == PATIENCE * 77 + runtime.WATCHDOG_FIRST
