@@ -86,7 +86,7 @@ def start_communication(
 ) -> None:
     """Initialise torch.distributed for more than one rank, who meet at `store`.
 
-    `timeout`: seconds after which the watchdog ends a run where a rank hangs. Collectives wait longer than it ever does.
+    `timeout`: seconds after which the watchdog ends a run where a rank hangs. Collectives wait longer than it does.
     """
     if launch.world_size == 1:
         return

@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -116,20 +117,29 @@ def _other_threads() -> list[FrameType]:
 
 
 def _waits(frame: FrameType | None) -> bool:
+    """Looks no further out than to the first frame of ours: every frame looked at costs its thread some time."""
     if frame and _own(frame):
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if any(call in line for call in _WAITING_CALLS):
-            return True
-    while frame:
+        return _is_waiting_line(frame.f_code.co_filename, frame.f_lineno)
+    while frame and not _own(frame):
         if frame.f_code.co_filename.startswith(_WAITING_FILES):
             return True
         frame = frame.f_back
     return False
 
 
+@cache
+def _is_waiting_line(file: str, number: int) -> bool:
+    line = linecache.getline(file, number)
+    return any(call in line for call in _WAITING_CALLS)
+
+
 def _own(frame: FrameType) -> bool:
     """Whether its file is of this repository, and not of an environment that stands in it."""
-    file = frame.f_code.co_filename
+    return _is_own_file(frame.f_code.co_filename)
+
+
+@cache
+def _is_own_file(file: str) -> bool:
     return file.startswith(_OURS) and "site-packages" not in file
 
 
