@@ -140,9 +140,12 @@ class BTSModel(nn.Module):
             for index, (member, state) in enumerate(zip(self._decoders(), states, strict=True))
         ]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The hub's: [1, s', b, D] -> [b, s, V], on every rank; outside autograd where there are several."""
-        ep = self.placement.ep
+    def logits(self, hidden: Tensor, context: Context | None = None, *, last: bool = False) -> Tensor:
+        """The hub's: [1, s', b, D] -> [b, s, V], on every rank; outside autograd where there are several.
+
+        Or [b, 1, V] after the `last` position (s' = s).
+        """
+        ep, hidden = self.placement.ep, hidden[:, -1:] if last else hidden
         if ep.size == 1:
             return self.hub.logits(hidden[0])
         _, slice_length, b, _ = hidden.shape
@@ -151,7 +154,7 @@ class BTSModel(nn.Module):
             own = self.hub.logits(hidden[0]) if self.placement.has_hub else hidden.new_empty(shape)
             return broadcast(own, ep)
 
-    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor, context: Context | None = None) -> Tensor:
         """The hub's: [1, s', b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats.
 
         On other ranks 0, to be run backward like the hub's: that runs their part of the exchanges.

@@ -19,8 +19,9 @@ from megabts.config.model import ModelConfig
 from megabts.errors import UsageError, UserError
 from megabts.inference.kv_cache import KVCache
 from megabts.inference.sampling import sample
-from megabts.model.attention import make_context
+from megabts.model.attention import Context, make_context
 from megabts.model.decoder import Model
+from megabts.model.rope import rotation
 from megabts.parallel.sharding import name_seed
 
 OnToken = Callable[[int, int], None]
@@ -98,17 +99,27 @@ def generate_uncached(
         for row, prompt in enumerate(prompts):
             while output.open[row]:
                 text = [*prompt, *output.rows[row]]
-                output.choose(score(model, text, settings.eod_id)[-1:], [row])
+                output.choose(score(model, text, settings.eod_id, len(prompt))[-1:], [row])
     return output.rows
 
 
-def score(model: Model, tokens: Sequence[int], eod_id: int | None = None) -> Tensor:
-    """Logits [s, V] of one text in one forward pass without a cache; `eod_id` as in `GenerationSettings`."""
+def score(model: Model, tokens: Sequence[int], eod_id: int | None = None, prompt_length: int | None = None) -> Tensor:
+    """Logits [s, V] of one text in one forward pass without a cache; `eod_id` as in `GenerationSettings`.
+
+    `prompt_length`: its tokens that were there before the first one was chosen; None: all.
+    """
     ids = torch.tensor([tokens], device=_device(model))
     positions = torch.arange(len(tokens), device=ids.device)
     documents = None if eod_id is None else document_numbers(ids == eod_id)
-    context = make_context(model.config, positions, model.dtype, document_ids=documents)
-    return model.logits(model.run_layers(0, model.config.num_layers, model.embed(ids), context))[0]
+    context = make_context(
+        model.config,
+        positions,
+        model.dtype,
+        document_ids=documents,
+        tokens=ids,
+        prompt_length=prompt_length or len(tokens),
+    )
+    return model.logits(model.run_layers(0, model.config.num_layers, model.embed(ids), context), context)[0]
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -131,7 +142,10 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
 
 
 class Decoding:
-    """A batch of texts in progress: one cache per member, and how far left padding reaches in each row."""
+    """A batch of texts in progress: one cache per member, how far left padding reaches in each row, the model's memory.
+
+    The first `extend` reads the prompts.
+    """
 
     def __init__(
         self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, eod_id: int | None = None
@@ -149,6 +163,7 @@ class Decoding:
         """[b, columns so far]: where a document ends; kept only where attention stops there."""
         # The last token chosen is never read again, so it needs no place.
         capacity = width + max_new_tokens - 1
+        self.memory: dict[str, Tensor] = {}
         self.caches = [
             KVCache(model.config, len(prompts), capacity, model.dtype, self.device)
             for _ in range(model.num_local_members)
@@ -161,12 +176,28 @@ class Decoding:
         if self.eod_id is not None:
             self.ends = torch.cat([self.ends, tokens == self.eod_id], 1)
         positions = (columns.unsqueeze(1) - self.padding).clamp(min=0) if self.ragged else columns
-        context = make_context(self.model.config, positions, self.model.dtype, mask=self._mask(columns))
+        rope = rotation(self.model.config, positions, self.model.dtype)
+        context = Context(
+            rope,
+            self._mask(columns),
+            tokens=tokens,
+            starts=self._starts(columns),
+            prompt_length=self.prompts.shape[1],
+            memory=self.memory,
+        )
         hidden = self.model.embed(tokens)
         hidden = self.model.run_layers(0, self.model.config.num_layers, hidden, context, self.caches)
         for cache in self.caches:
             cache.advance(length)
-        return self.model.logits(hidden[..., -1:, :, :])[:, 0]
+        return self.model.logits(hidden, context, last=True)[:, 0]
+
+    def _starts(self, queries: Tensor) -> Tensor:
+        """Where among columns `queries` a text or a document starts, bool [b, s]."""
+        first = queries == self.padding.unsqueeze(1)
+        if self.eod_id is None:
+            return first
+        after_end = torch.nn.functional.pad(self.ends[:, :-1], (1, 0))[:, queries]
+        return first | (after_end & (queries > self.padding.unsqueeze(1)))
 
     def _mask(self, queries: Tensor) -> Tensor | None:
         """Where columns `queries` may look: [b or 1, 1, s, t]; None where plain causal (or one query) says the same."""
@@ -236,4 +267,4 @@ def _evaluating(model: Model) -> Iterator[None]:
 
 
 def _device(model: Model) -> torch.device:
-    return next(iter(model.own_parameters()))[1].device
+    return next(model.parameters()).device

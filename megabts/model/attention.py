@@ -1,7 +1,7 @@
 """Grouped-query self-attention with rotary positions; multi-head and multi-query are its ends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -32,6 +32,22 @@ class Context:
     """Where attention is allowed: bool [b, 1, s, t]; None is plain causal."""
     dropout_seeds: Sequence[int] | None = None
     """Seed of each sample's dropout masks; None: no dropout (evaluation)."""
+    tokens: Tensor | None = None
+    """What the positions read, [b, s]; there where logits are asked for."""
+    starts: Tensor | None = None
+    """Where a text starts, bool [b, s]: one that nothing before it tells of. None: at the first of all positions."""
+    prompt_length: int | None = None
+    """How many of the first positions are a prompt; None: the text is a window, which has none."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """What a model of several members knows of the texts so far. A generation has one for all its forward passes."""
+
+    def of_rows(self, rows: Tensor) -> "Context":
+        """For these rows [r] of the batch alone, with an empty memory."""
+        cos, sin = (part if part.shape[1] == 1 else part[:, rows] for part in self.rope)
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[rows]
+        seeds = self.dropout_seeds and [self.dropout_seeds[row] for row in rows.tolist()]
+        tokens, starts = (part if part is None else part[rows] for part in (self.tokens, self.starts))
+        return replace(self, rope=(cos, sin), mask=mask, dropout_seeds=seeds, tokens=tokens, starts=starts, memory={})
 
 
 def make_context(
@@ -42,15 +58,19 @@ def make_context(
     mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     dropout_seeds: Sequence[int] | None = None,
+    tokens: Tensor | None = None,
+    prompt_length: int | None = None,
 ) -> Context:
     """Context for tokens at `positions` ([s], or [s, b] when they differ over the batch).
 
     document_ids [b, s] keeps each packed document to itself where `config.cross_document_attention` is false.
     """
+    starts = None
     if document_ids is not None and not config.cross_document_attention:
         same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
         mask = same.tril().unsqueeze(1)
-    return Context(rotation(config, positions, dtype), mask, dropout_seeds)
+        starts = document_ids.diff(dim=1, prepend=document_ids[:, :1] - 1) != 0
+    return Context(rotation(config, positions, dtype), mask, dropout_seeds, tokens, starts, prompt_length)
 
 
 def qkv_metas(config: ModelConfig) -> tuple[ParamMeta, ParamMeta | None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megabts.config.model import ModelConfig
 from megabts.model.attention import Context, LayerCache, make_context
 from megabts.model.backend import Backend, Recompute
-from megabts.model.layer import Layer
+from megabts.model.layer import Layer, MakeRouted
 from megabts.model.part import Part
 from megabts.parallel.sharding import ParamMeta, named_metas
 
@@ -39,12 +39,12 @@ class Model(Protocol):
         """Layers [first, last), and what stands between them, on hidden; one cache per member."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden -> logits [b, s, V]."""
+    def logits(self, hidden: Tensor, context: Context, *, last: bool = False) -> Tensor:
+        """Hidden -> logits [b, s, V], or [b, 1, V] after the last position; `context` as in `run_layers`."""
         ...
 
-    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Sum over positions of the cross-entropy in nats; labels and mask [b, s]."""
+    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor, context: Context) -> Tensor:
+        """Sum over positions of the cross-entropy in nats; labels and mask [b, s]; `context` as in `run_layers`."""
         ...
 
     def wire_shape(self, depth: int, s: int, b: int) -> tuple[int, ...]:
@@ -59,6 +59,10 @@ class Model(Protocol):
         """What this model's checkpoint holds: everything but members that are kept elsewhere."""
         ...
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that is here, members' too."""
+        ...
+
     def train(self, mode: bool = True) -> object:
         """Training (dropout on) or evaluation mode."""
         ...
@@ -69,7 +73,7 @@ class Decoder(nn.Module):
 
     Names do not depend on the part. The part with the head of tied embeddings has `embedding.weight` too, which starts
     alike on both; the matrix's gradient is the sum of theirs. `with_head=False` leaves final norm and head away: an
-    expert inside a BTS model never runs them.
+    expert inside a BTS model never runs them. `make_routed` makes every layer's feed-forward (see `Layer`).
     """
 
     num_local_members = 1
@@ -82,6 +86,7 @@ class Decoder(nn.Module):
         part: Part | None = None,
         recompute: Recompute = "none",
         with_head: bool = True,
+        make_routed: MakeRouted | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -93,7 +98,9 @@ class Decoder(nn.Module):
         v, d = config.vocab_size, config.hidden_size
         if self.part.embedding or (with_head and config.tie_embeddings):
             self.embedding = backend.vocabulary(v, d, config.init_std)
-        self.layers = nn.ModuleDict({str(index): Layer(config, backend, recompute) for index in self.part.layers})
+        self.layers = nn.ModuleDict(
+            {str(index): Layer(config, backend, recompute, make_routed) for index in self.part.layers}
+        )
         if with_head:
             self.final_norm = backend.norm(d, config.norm_eps, summed=backend.sequence)
             self.head = self.embedding if config.tie_embeddings else backend.vocabulary(v, d, config.init_std)
@@ -112,11 +119,11 @@ class Decoder(nn.Module):
                 hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[s', b, D] -> logits [b, s, V]."""
-        return self.head.logits(self.final_norm(hidden)).transpose(0, 1)
+    def logits(self, hidden: Tensor, context: Context | None = None, *, last: bool = False) -> Tensor:
+        """[s', b, D] -> logits [b, s, V], or [b, 1, V] after the last position (s' = s)."""
+        return self.head.logits(self.final_norm(hidden[-1:] if last else hidden)).transpose(0, 1)
 
-    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor, context: Context | None = None) -> Tensor:
         """[s', b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats."""
         return self.head.loss(self.final_norm(hidden), labels.T, mask.T)
 
@@ -152,4 +159,4 @@ def sequence_loss(
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     context = make_context(model.config, positions, model.dtype, document_ids=document_ids, dropout_seeds=dropout_seeds)
     hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
-    return model.loss(hidden, labels, mask)
+    return model.loss(hidden, labels, mask, context)

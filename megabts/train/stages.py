@@ -70,9 +70,11 @@ class Stages:
         model, layers = self.model, self.model.part.chunks[chunk]
         if hidden is None:
             hidden = model.embed(to_device(batch.tokens, self.device))
-        hidden = model.run_layers(layers.start, layers.stop, hidden, self._context(batch, seed))
+        context = self._context(batch, seed)
+        hidden = model.run_layers(layers.start, layers.stop, hidden, context)
         if model.part.head and chunk == len(model.part.chunks) - 1:
-            return model.loss(hidden, to_device(batch.labels, self.device), to_device(batch.loss_mask, self.device))
+            labels, mask = to_device(batch.labels, self.device), to_device(batch.loss_mask, self.device)
+            return model.loss(hidden, labels, mask, context)
         return hidden
 
     def _context(self, batch: Batch, seed: int | None) -> Context:
