@@ -1,5 +1,7 @@
 """One Transformer layer: attention and a SwiGLU feed-forward, each after a norm and added to the residual stream."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,19 +10,28 @@ from megabts.model.attention import Attention, Context, LayerCache, qkv_metas
 from megabts.model.backend import Backend, Recompute
 from megabts.parallel.sharding import ParamMeta
 
+MakeRouted = Callable[[ModelConfig, Backend, Recompute], tuple[nn.Module, nn.Module]]
+"""Makes (norm, routed feed-forward): the second is called with (hidden, context, layer), not with hidden alone."""
+
 
 class Layer(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h))."""
+    """h + attention(norm(h)), then h + mlp(norm(h)); `make_routed` puts a routed feed-forward in the MLP's place."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, recompute: Recompute) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend, recompute: Recompute, make_routed: MakeRouted | None = None
+    ) -> None:
         super().__init__()
         self.backend = backend
         d, f = config.hidden_size, config.ffn_size
         self.attention_norm, qkv = backend.norm_linear(d, config.norm_eps, *qkv_metas(config))
         self.attention = Attention(config, backend, qkv, recompute)
-        gate_up = ParamMeta((2 * f, d), "normal", config.init_std, dim=0, parts=(f, f))
-        down = ParamMeta((d, f), "normal", config.init_std / (2 * config.num_layers) ** 0.5, dim=1)
-        self.mlp_norm, self.mlp = backend.norm_mlp(d, config.norm_eps, gate_up, down, recompute)
+        self.routed = make_routed is not None
+        if make_routed is not None:
+            self.mlp_norm, self.mlp = make_routed(config, backend, recompute)
+        else:
+            gate_up = ParamMeta((2 * f, d), "normal", config.init_std, dim=0, parts=(f, f))
+            down = ParamMeta((d, f), "normal", config.init_std / (2 * config.num_layers) ** 0.5, dim=1)
+            self.mlp_norm, self.mlp = backend.norm_mlp(d, config.norm_eps, gate_up, down, recompute)
         self.recompute = recompute
 
     def forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None = None) -> Tensor:
@@ -31,4 +42,5 @@ class Layer(nn.Module):
 
     def _forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), context, layer, cache)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        normed = self.mlp_norm(hidden)
+        return hidden + (self.mlp(normed, context, layer) if self.routed else self.mlp(normed))
