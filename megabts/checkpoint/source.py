@@ -20,8 +20,9 @@ from megabts.parallel.sharding import NamedParameters, Shapes, check_fit, load_f
 from megabts.tokenizers.build import find_tokenizer
 
 CONFIG_FILE = "config.yaml"
-FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
-"""Model settings in which members may differ: they do not change what the weights compute from one document."""
+MODEL_FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
+"""Model settings that do not change what weights compute from one document: members may differ in them, and a run may
+choose them anew for weights that exist (by default they stay as they were)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def check_same_shape(sources: dict[str, DenseSource]) -> None:
     rows: dict[str, list[Any]] = {
         field.name: [getattr(source.config, field.name) for source in sources.values()]
         for field in fields(ModelConfig)
-        if field.name not in FREE
+        if field.name not in MODEL_FREE
     }
     rows["tokenizer"] = [source.tokenizer_fingerprint[:12] for source in sources.values()]
     known = {name: [value for value in values if value != "" or name != "tokenizer"] for name, values in rows.items()}

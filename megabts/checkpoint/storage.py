@@ -32,18 +32,16 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def begin_step(run_dir: Path, step: int, names: Sequence[str], needed: int) -> Path:
-    """Make room for `step` in a run folder: the files `names`, of `needed` bytes together. Returns its folder to be.
+def begin_step(run_dir: Path, step: int, names: Sequence[str], needed: int) -> None:
+    """Make room for `step` in a run folder: the files `names`, of `needed` bytes together.
 
     Raises CheckpointError when there is no space or the disk fails; the steps saved before are untouched then.
     """
-    folder = Path(run_dir) / step_name(step)
     try:
         _clean_up(Path(run_dir))
     except OSError as error:
         raise _not_brought_up(error, Path(run_dir), step) from error
-    begin_folder(folder, names, needed)
-    return folder
+    begin_folder(Path(run_dir) / step_name(step), names, needed)
 
 
 def publish_step(

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from megabts.config.model import ModelConfig
 from megabts.model.attention import Context, LayerCache, make_context
 from megabts.model.backend import Backend, Recompute
-from megabts.model.layer import Layer
+from megabts.model.layer import Layer, MakeRouted
 from megabts.model.part import Part
 from megabts.parallel.sharding import ParamMeta, named_metas
+
+EMBEDDING = "embedding.weight"
+"""What the first and the last part of a decoder with tied embeddings both hold."""
 
 
 class Model(Protocol):
@@ -73,7 +76,7 @@ class Decoder(nn.Module):
 
     Names do not depend on the part. The part with the head of tied embeddings has `embedding.weight` too, which starts
     alike on both; the matrix's gradient is the sum of theirs. `with_head=False` leaves final norm and head away: an
-    expert inside a BTS model never runs them.
+    expert inside a BTS model never runs them. `make_routed` makes every layer's feed-forward (see `Layer`).
     """
 
     num_local_members = 1
@@ -86,6 +89,7 @@ class Decoder(nn.Module):
         part: Part | None = None,
         recompute: Recompute = "none",
         with_head: bool = True,
+        make_routed: MakeRouted | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -97,7 +101,9 @@ class Decoder(nn.Module):
         v, d = config.vocab_size, config.hidden_size
         if self.part.embedding or (with_head and config.tie_embeddings):
             self.embedding = backend.vocabulary(v, d, config.init_std)
-        self.layers = nn.ModuleDict({str(index): Layer(config, backend, recompute) for index in self.part.layers})
+        self.layers = nn.ModuleDict(
+            {str(index): Layer(config, backend, recompute, make_routed) for index in self.part.layers}
+        )
         if with_head:
             self.final_norm = backend.norm(d, config.norm_eps, summed=backend.sequence)
             self.head = self.embedding if config.tie_embeddings else backend.vocabulary(v, d, config.init_std)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 from megabts.errors import UsageError
-from megabts.parallel.schedules import Action, ScheduleKind, Span, build_schedule, timeline
+from megabts.parallel.schedules import Action, ScheduleKind, build_schedule, timeline
 
 TRIED_PASSES = 500_000
 """Simulated passes after which `fastest_cuts` looks no further: a few seconds."""
@@ -226,21 +226,3 @@ def predict(
         [cost * seconds for cost in passes] for passes in zip(*((s.forward, s.backward) for s in stages))
     )
     return simulate(ranks, needs, forward, backward, transfer)
-
-
-def picture(spans: Sequence[Sequence[Span]], step: float = 1.0) -> str:
-    """A timeline as text, one row a rank and one cell for `step` seconds.
-
-    F and B are passes of the first chunk, f and b of the second and so on, with the micro-batch's number; a pass that
-    takes several cells goes on as dashes, and dots are waiting.
-    """
-    end = max(span.end for row in spans for span in row)
-    rows = []
-    for rank, row in enumerate(spans):
-        cells = [" ."] * round(end / step)
-        for span in row:
-            first, last = round(span.start / step), round(span.end / step)
-            letter = ("FB", "fb")[span.action.chunk % 2][span.action.kind == "backward"]
-            cells[first:last] = [f"{letter}{span.action.microbatch}", *["--"] * (last - first - 1)]
-        rows.append(f"rank {rank}  {' '.join(cells)}")
-    return "\n".join(rows)

@@ -11,13 +11,15 @@ from torch.distributed import Store
 from megabts.bts.build import open_members
 from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model
 from megabts.checkpoint.manifest import MemberRecord
-from megabts.config.methods import HUB, BTSConfig
+from megabts.checkpoint.source import MODEL_FREE
+from megabts.config.methods import HUB, BTSConfig, MoEConfig
 from megabts.config.model import ModelConfig
 from megabts.config.run import RunConfig
 from megabts.data.build import build_train_dataset, build_valid_datasets, data_hash
 from megabts.data.loader import Loader
 from megabts.data.validation import ValidationSet
 from megabts.errors import UsageError
+from megabts.model.decoder import EMBEDDING
 from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled
 from megabts.parallel.collectives import broadcast_object, gather_objects
 from megabts.parallel.layout import check_layout
@@ -29,14 +31,14 @@ from megabts.train.stages import Stages
 
 log = logging.getLogger(__name__)
 
-MODEL_FREE = {"preset", "init_std", "max_seq_len", "cross_document_attention"}
-"""Model settings that a run may choose anew for weights that exist; by default they stay as they were."""
 BTS_FREE = {"gate_dropout", "trainable"}
-"""The same for the stitches."""
-MEMBERS = {"hub", "experts"}
+"""Stitch settings that a run may choose anew, as it may `MODEL_FREE`."""
+MOE_FREE = {"routing", "top_k", "balance", "freeze_ffn_experts", "first_layer_soft"}
+"""The same of MoE layers."""
+MEMBERS = {"hub", "experts", "members"}
 """Settings not compared with a checkpoint's, which knows its members by path and content hash itself."""
 
-Section = TypeVar("Section", ModelConfig, BTSConfig)
+Section = TypeVar("Section", ModelConfig, BTSConfig, MoEConfig)
 
 
 @dataclass
@@ -83,6 +85,11 @@ def open_start(config: RunConfig, mesh: ParallelMesh) -> StoredModel | None:
     elif mesh.rank == 0 and config.method == "bts":
         members = open_members(config.bts)
         start = StoredModel(replace(config, model=members[HUB].config), members[HUB].folder, members)
+    elif mesh.rank == 0 and config.method == "moe":
+        raise UsageError(
+            "method moe starts from an upcycled checkpoint; make one with tools/upcycle.py and give it as "
+            "--checkpoint.init_from"
+        )
     found: StoredModel | None = broadcast_object(start)
     return found
 
@@ -103,7 +110,8 @@ def adopt_sizes(config: RunConfig, explicit: set[str], start: StoredModel | None
             raise UsageError(f"{folder} has no expert {min(unknown)}; add it with tools/stitch.py add, or leave it out")
         bts = _adopt(config.bts, found.bts, "bts", BTS_FREE, explicit, folder)
         bts.check_trainable()
-        config = replace(config, method=found.method, bts=bts)
+        moe = _adopt(config.moe, found.moe, "moe", MOE_FREE, explicit, folder)
+        config = replace(config, method=found.method, bts=bts, moe=moe)
     tokenizer = find_tokenizer(folder)
     if "data.tokenizer" not in explicit and tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
@@ -151,7 +159,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start
         config.optimizer,
         mesh,
         bucket_elements=config.parallel.bucket_mb * 1_000_000 // 4,
-        tied=("embedding.weight",) if config.method == "dense" and config.model.tie_embeddings else (),
+        tied=(EMBEDDING,) if config.method != "bts" and config.model.tie_embeddings else (),
         device=device,
     )
     if not any(gather_objects(bool(optimizer.names))):

@@ -15,6 +15,7 @@ from megabts.checkpoint.source import CONFIG_FILE, load_weights
 from megabts.config.load import differing_keys, from_yaml, to_yaml
 from megabts.config.run import RunConfig
 from megabts.errors import UserError
+from megabts.model.decoder import EMBEDDING
 from megabts.model.te_fp8 import fp8_state, has_module, load_fp8_state
 from megabts.optimizer.adamw import KINDS, freeze_unscaled
 from megabts.optimizer.stability import SpikeGuard
@@ -27,11 +28,11 @@ log = logging.getLogger(__name__)
 OPTIMIZER_FILE = "optimizer.safetensors"
 FP8_FILE = "fp8.safetensors"
 """Delayed scaling's state, where there is any: of every module of the model, whatever ranks they were on."""
-EMBEDDING = "embedding.weight"
 FIXED = (
     "method",
     "model.",
     "bts.",
+    "moe.",
     "data.",
     "optimizer.",
     "train.steps",
@@ -41,7 +42,7 @@ FIXED = (
     "precision.fp8",
 )
 """Settings that decide what a run computes: a resumed run must have the same ones."""
-FREE = {"data.valid", "data.cache", "data.tokenizer", "model.preset", "bts.hub", "bts.experts", "data.train"}
+FREE = {"data.valid", "data.cache", "data.tokenizer", "model.preset", "bts.hub", "bts.experts", "moe.members", "data.train"}
 """Exceptions: names of places. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
 
 

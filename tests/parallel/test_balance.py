@@ -13,12 +13,11 @@ from megabts.parallel.balance import (
     check_cuts,
     equal_cuts,
     fastest_cuts,
-    picture,
     predict,
     simulate,
     stages_with_backward,
 )
-from megabts.parallel.schedules import ScheduleKind, build_schedule, timeline
+from megabts.parallel.schedules import ScheduleKind, build_schedule
 
 
 def costs(seed: int, num_layers: int) -> Costs:
@@ -147,11 +146,3 @@ def test_prediction_from_costs() -> None:
     found = predict(model, [2], 2, 6, tokens=10, rate=1000)
     assert found.seconds == pytest.approx((6 + 1) * 2 * 300 * 10 / 1000)
     assert found.bubble == pytest.approx(1 / 7)
-
-
-def test_picture() -> None:
-    needs = [True, True]
-    ranks = [build_schedule("1f1b", 2, rank, 2, 1, needs) for rank in range(2)]
-    assert picture(timeline(ranks, needs, [1, 1], [2, 2])) == (
-        "rank 0  F0 F1  .  . B0 --  . B1 --\nrank 1   . F0 B0 -- F1 B1 --  .  ."
-    )

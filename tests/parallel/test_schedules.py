@@ -2,11 +2,25 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
 from megabts.errors import UsageError
-from megabts.parallel.schedules import Action, Message, ScheduleKind, Step, build_schedule, plan, received, sent
+from megabts.parallel.schedules import (
+    Action,
+    Message,
+    ScheduleKind,
+    Span,
+    Step,
+    build_schedule,
+    plan,
+    received,
+    sent,
+    timeline,
+)
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
 
 
 def cases() -> Iterator[tuple[ScheduleKind, int, int, int]]:
@@ -183,3 +197,31 @@ def test_interleaved_wants_multiples_only_where_it_has_backward() -> None:
     for m in range(1, 10):
         assert run_buffered(schedules("interleaved", 4, m, 2, [False] * 8), [False] * 8)
         assert run_buffered(schedules("interleaved", 4, m, 1, [True] * 4), [True] * 4)
+
+
+def picture(spans: Sequence[Sequence[Span]]) -> str:
+    """A timeline as text, one row a rank and one cell a second.
+
+    F and B are passes of the first chunk, f and b of the second and so on, with the micro-batch's number; a pass that
+    takes several cells goes on as dashes, and dots are waiting.
+    """
+    end = max(span.end for row in spans for span in row)
+    rows = []
+    for rank, row in enumerate(spans):
+        cells = [" ."] * round(end)
+        for span in row:
+            first, last = round(span.start), round(span.end)
+            letter = ("FB", "fb")[span.action.chunk % 2][span.action.kind == "backward"]
+            cells[first:last] = [f"{letter}{span.action.microbatch}", *["--"] * (last - first - 1)]
+        rows.append(f"rank {rank}  {' '.join(cells)}")
+    return "\n".join(rows)
+
+
+def test_documented_pictures() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for kind, frozen in (("none", 0), ("1f1b", 0), ("1f1b", 1), ("interleaved", 0)):
+        chunks = 2 if kind == "interleaved" else 1
+        needs = flags(frozen, 3 * chunks)
+        m = 2 if kind == "none" else 3 if chunks == 2 else 4
+        ranks = schedules(kind, 3, m, chunks, needs)  # type: ignore[arg-type]
+        assert picture(timeline(ranks, needs, [1] * 3 * chunks, [2] * 3 * chunks)) in text, (kind, frozen)

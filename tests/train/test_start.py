@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +158,9 @@ def test_what_cannot_be_trained_is_one_line(case: str, blend: Blend, tmp_path: P
     assert not list((tmp_path / "run").glob("step_*"))
 
 
-@pytest.mark.parametrize("name", ["tensor", "pipeline", "expert"])
-def test_degrees_of_other_versions_are_refused_before_the_ranks_meet(name: str) -> None:
-    parallel = ParallelConfig()
-    setattr(parallel, name, 2)
-    config = replace(RunConfig(), parallel=parallel)
-    with pytest.raises(UsageError, match=rf"parallel.{name} is 2, but this version trains with data parallelism only"):
+def test_degrees_that_do_not_fit_are_refused_before_the_ranks_meet() -> None:
+    config = RunConfig(parallel=ParallelConfig(tensor=3))
+    with pytest.raises(UsageError, match=r"= 3 does not divide the 2 ranks"):
         start_ranks(config, Launch(rank=1, world_size=2, local_rank=1))
 
 
