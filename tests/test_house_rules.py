@@ -173,7 +173,8 @@ def cuda_in_runtime(source: Source) -> Iterator[str]:
 
 
 def environment_in_runtime(source: Source) -> Iterator[str]:
-    if source.folder in ("tools", "tests") or source.path.startswith("megabts/runtime"):
+    launches = source.path == "examples/torchrun.py"  # what it starts reads an environment
+    if source.folder in ("tools", "tests") or source.path.startswith("megabts/runtime") or launches:
         return
     for node, name in uses(source, "os.environ", "os.environb", "os.getenv", "os.putenv"):
         yield source.at(
