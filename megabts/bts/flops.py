@@ -2,7 +2,8 @@
 
 A BTS model costs 2P per member and token, another 2P for the layers downstream of a trainable stitch and 6P for the
 stitches, not 6P per member. One simplification, a small one: a trained stitch counts three times even where its input
-needs no gradient (the first stitch, and the gate of the first Experts-into-Hub).
+needs no gradient (the first stitch, the gate of the first Experts-into-Hub, and the projections of experts whose
+unchanged stream no trained stitch has written).
 """
 
 from collections.abc import Sequence
