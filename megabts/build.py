@@ -25,6 +25,8 @@ from megabts.model.part import Part
 from megabts.model.te_backend import TEBackend
 from megabts.model.te_fp8 import amax_group
 from megabts.model.torch_backend import TorchBackend
+from megabts.moe.flops import moe_costs
+from megabts.moe.model import MoEModel
 from megabts.parallel.balance import Costs, check_cuts, fastest_cuts
 from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
@@ -56,6 +58,8 @@ def model_costs(config: RunConfig) -> Costs:
         return bts_costs(
             config.model, config.bts, config.data.seq_length, recompute=full, num_expert_ranks=ranks, exchange=exchange
         )
+    if config.method == "moe":
+        return moe_costs(config.model, config.moe, config.data.seq_length, recompute=full)
     return dense_costs(config.model, config.data.seq_length, recompute=full)
 
 
@@ -100,7 +104,11 @@ def _bts(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> BTSModel:
     )
 
 
-BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {"dense": _dense, "bts": _bts}
+def _moe(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> MoEModel:
+    return MoEModel(config.model, config.moe, backend, part=_part(config, mesh), recompute=config.train.recompute)
+
+
+BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {"dense": _dense, "bts": _bts, "moe": _moe}
 """Method name -> builder of the model, its weights not yet set."""
 
 

@@ -51,5 +51,64 @@ class BTSConfig:
         return (HUB, *self.experts)
 
 
+Routing = Literal["topk", "switch", "soft", "sample"]
+"""How a MoE layer's router chooses ffn experts: see `megabts.moe.router`."""
+
+
+@dataclass
+class MoEConfig:
+    """Branch-Train-MiX (arXiv 2403.07816) and sparse upcycling (arXiv 2212.05055): what the MoE layers are made of."""
+
+    members: dict[str, str] = field(default_factory=dict)
+    """Members by name, each with the folder it came from, the seed first. The model holds all weights itself."""
+    routing: Routing = "topk"
+    """Which ffn experts a token goes through: the top_k likeliest, one weighted by its probability (switch), all
+    weighted (soft), or one that is sampled (sample)."""
+    top_k: int = 2
+    """Of each token, with routing=topk: how many ffn experts."""
+    balance: float = 0.01
+    """Weight alpha of the load balancing loss alpha N sum_i u_i p_i of each layer; 0: none."""
+    split: int = 1
+    """Chunks C that each member's feed-forward is cut into: members x C ffn experts of width ffn_size / C."""
+    blend: bool = False
+    """Every ffn expert is made of one chunk of every member, not of one member's."""
+    freeze_ffn_experts: bool = False
+    """Train routers and everything shared, but not the ffn experts."""
+    first_layer_soft: bool = True
+    """With routing=sample, the first layer is soft, as in the paper."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1 or self.split < 1:
+            raise UsageError(f"moe.top_k is {self.top_k} and moe.split {self.split}; both must be at least 1")
+        if self.balance < 0:
+            raise UsageError(f"moe.balance is {self.balance}; it must be at least 0")
+        if self.members and self.routing == "topk" and self.top_k > self.num_ffn_experts:
+            raise UsageError(f"moe.top_k is {self.top_k}, more than the {self.num_ffn_experts} ffn experts; lower it")
+
+    @property
+    def num_ffn_experts(self) -> int:
+        """N, of each layer."""
+        return len(self.members) * self.split
+
+    def ffn_width(self, ffn_size: int) -> int:
+        """Width of one ffn expert. Raises UsageError when the members' width does not divide, or there are none."""
+        pieces = self.num_ffn_experts if self.blend else self.split
+        if not self.members or ffn_size % pieces:
+            raise UsageError(
+                f"model.ffn_size {ffn_size} does not divide into {pieces} chunks of {len(self.members)} moe.members; "
+                "change moe.split, moe.blend or moe.members"
+            )
+        return ffn_size // self.split
+
+    def routing_of(self, layer: int) -> Routing:
+        """The routing of one layer."""
+        return "soft" if self.routing == "sample" and self.first_layer_soft and layer == 0 else self.routing
+
+    def active(self, layer: int) -> int:
+        """How many ffn experts of a layer a token runs through."""
+        counts = {"topk": self.top_k, "switch": 1, "sample": 1, "soft": self.num_ffn_experts}
+        return counts[self.routing_of(layer)]
+
+
 HUB = "hub"
 """Name of member 0, whose output is the model's output."""

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megabts.config.methods import BTSConfig
+from megabts.config.methods import BTSConfig, MoEConfig
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError
 
@@ -218,10 +218,11 @@ class LoggingConfig:
 class RunConfig:
     """Everything one run needs to know."""
 
-    method: Literal["dense", "bts"] = "dense"
-    """What is trained: a dense decoder, or the stitches of a BTS model."""
+    method: Literal["dense", "bts", "moe"] = "dense"
+    """What is trained: a dense decoder, the stitches of a BTS model, or a decoder of mixtures of ffn experts (BTX)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     bts: BTSConfig = field(default_factory=BTSConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

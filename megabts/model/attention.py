@@ -31,7 +31,7 @@ class Context:
     mask: Tensor | None = None
     """Where attention is allowed: bool [b, 1, s, t]; None is plain causal."""
     dropout_seeds: Sequence[int] | None = None
-    """Seed of each sample's dropout masks; None: no dropout (evaluation)."""
+    """Seed of each sample's random numbers (dropout masks, routers' noise); None: none (evaluation)."""
     tokens: Tensor | None = None
     """What the positions read, [b, s]; there where logits are asked for."""
     starts: Tensor | None = None
@@ -40,6 +40,8 @@ class Context:
     """How many of the first positions are a prompt; None: the text is a window, which has none."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """What a model of several members knows of the texts so far. A generation has one for all its forward passes."""
+    step: int = 0
+    """Training steps done: the temperature of sampled routing falls with them."""
 
     def of_rows(self, rows: Tensor) -> "Context":
         """For these rows [r] of the batch alone, with an empty memory."""
@@ -60,6 +62,7 @@ def make_context(
     dropout_seeds: Sequence[int] | None = None,
     tokens: Tensor | None = None,
     prompt_length: int | None = None,
+    step: int = 0,
 ) -> Context:
     """Context for tokens at `positions` ([s], or [s, b] when they differ over the batch).
 
@@ -70,7 +73,7 @@ def make_context(
         same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
         mask = same.tril().unsqueeze(1)
         starts = document_ids.diff(dim=1, prepend=document_ids[:, :1] - 1) != 0
-    return Context(rotation(config, positions, dtype), mask, dropout_seeds, tokens, starts, prompt_length)
+    return Context(rotation(config, positions, dtype), mask, dropout_seeds, tokens, starts, prompt_length, step=step)
 
 
 def qkv_metas(config: ModelConfig) -> tuple[ParamMeta, ParamMeta | None]:

@@ -28,6 +28,9 @@ def _check_tensor(config: RunConfig) -> None:
     tp, model = config.parallel.tensor, config.model
     if tp == 1:
         return
+    if config.method == "moe" and config.moe.ffn_width(model.ffn_size) % tp:
+        width = config.moe.ffn_width(model.ffn_size)
+        raise UsageError(f"ffn experts of width {width} do not divide among parallel.tensor {tp} ranks; take fewer")
     for name in ("num_heads", "ffn_size", "hidden_size"):
         size = getattr(model, name)
         if size % tp:
@@ -93,6 +96,8 @@ def _check_expert(config: RunConfig) -> None:
         return
     if config.method == "dense":
         raise UsageError(f"parallel.expert is {ep}, but a dense model has no experts; leave it at 1")
+    if config.method == "moe":
+        raise UsageError(f"parallel.expert is {ep}, but method moe has all ffn experts on every rank; leave it at 1")
     members = config.bts.members
     if ep > len(members):
         raise UsageError(

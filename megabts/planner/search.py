@@ -105,6 +105,8 @@ def smallest_cluster(config: RunConfig, cluster: Cluster, pinned: frozenset[str]
 def check_plannable(config: RunConfig, pinned: frozenset[str], method: str) -> None:
     """Raises UsageError for a run that cannot be planned, whatever the cluster."""
     value_bytes(config)
+    if config.method == "moe":
+        raise UsageError("method moe is planned as a bts run of the same members: method bts, with --as btx-...")
     if method not in METHODS:
         raise UsageError(f"--as {method} is unknown; use one of {', '.join(ESTIMATES)}")
     if method != config.method and (config.method != "bts" or method not in ESTIMATES):

@@ -47,17 +47,18 @@ class Stages:
         batches: Sequence[Batch],
         seed: int | None = None,
         *,
+        step: int = 0,
         backward: bool,
         last_backward: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Tensor:
         """Sum of the cross-entropy of each micro-batch, nats, float64 [micro-batches], on the rank that has the loss.
 
         Elsewhere zeros: summed over the pipeline and expert axes they are the losses. `seed` decides dropout masks
-        (None: no dropout). `last_backward`: see `Pipeline.run`.
+        and routers' noise (None: neither), whose temperature falls with `step`. `last_backward`: see `Pipeline.run`.
         """
 
         def forward(chunk: int, microbatch: int, hidden: Tensor | None) -> Tensor:
-            return self.forward(chunk, batches[microbatch], hidden, seed)
+            return self.forward(chunk, batches[microbatch], hidden, seed, step)
 
         def wire_shape(boundary: int, microbatch: int) -> tuple[int, ...]:
             size, length = batches[microbatch].tokens.shape
@@ -65,20 +66,20 @@ class Stages:
 
         return self.pipeline.run(len(batches), forward, wire_shape, backward=backward, last_backward=last_backward)
 
-    def forward(self, chunk: int, batch: Batch, hidden: Tensor | None, seed: int | None) -> Tensor:
+    def forward(self, chunk: int, batch: Batch, hidden: Tensor | None, seed: int | None, step: int) -> Tensor:
         """One of this rank's stages on one micro-batch: from tokens (None) or hidden, to hidden or the loss."""
         model, layers = self.model, self.model.part.chunks[chunk]
         if hidden is None:
             hidden = model.embed(to_device(batch.tokens, self.device))
-        context = self._context(batch, seed)
+        context = self._context(batch, seed, step)
         hidden = model.run_layers(layers.start, layers.stop, hidden, context)
         if model.part.head and chunk == len(model.part.chunks) - 1:
             labels, mask = to_device(batch.labels, self.device), to_device(batch.loss_mask, self.device)
             return model.loss(hidden, labels, mask, context)
         return hidden
 
-    def _context(self, batch: Batch, seed: int | None) -> Context:
-        """A sample's number and `seed` decide its dropout masks, whatever rank it is on."""
+    def _context(self, batch: Batch, seed: int | None, step: int) -> Context:
+        """A sample's number and `seed` decide its random numbers, whatever rank it is on."""
         size, length = batch.tokens.shape
         samples = range(batch.first_sample, batch.first_sample + size)
         return make_context(
@@ -87,6 +88,7 @@ class Stages:
             self.model.dtype,
             document_ids=None if batch.document_ids is None else to_device(batch.document_ids, self.device),
             dropout_seeds=None if seed is None else [name_seed(f"sample {sample}", seed) for sample in samples],
+            step=step,
         )
 
     def total(self, losses: Tensor) -> Tensor:

@@ -42,7 +42,11 @@ FIXED = (
     "precision.fp8",
 )
 """Settings that decide what a run computes: a resumed run must have the same ones."""
-FREE = {"data.valid", "data.cache", "data.tokenizer", "model.preset", "bts.hub", "bts.experts", "moe.members", "data.train"}
+FREE = {"data.valid", "data.cache", "data.tokenizer", "data.train", "model.preset"} | {
+    "bts.hub",
+    "bts.experts",
+    "moe.members",
+}
 """Exceptions: names of places. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
 
 

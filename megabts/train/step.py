@@ -48,7 +48,8 @@ def train_step(
     tokens = max(all_reduce(count.to(stages.device), dp).item(), 1.0)
     optimizer.gradients.zero()
     progress.enter("forward and backward")
-    losses = stages.losses(batches, config.train.seed, backward=True, last_backward=optimizer.gradients.overlap)
+    overlap = optimizer.gradients.overlap
+    losses = stages.losses(batches, config.train.seed, step=step, backward=True, last_backward=overlap)
     progress.enter("the gradient sum")
     optimizer.gradients.sync()
     optimizer.gradients.divide(tokens)  # in fp32, and not in backward, where bf16 would round the factor

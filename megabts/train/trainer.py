@@ -19,6 +19,8 @@ from megabts.checkpoint.storage import has_steps, resolve
 from megabts.errors import UserError
 from megabts.evaluation.perplexity import domain_losses
 from megabts.model.flops import dense_flops
+from megabts.moe.flops import moe_flops
+from megabts.moe.model import MoEModel
 from megabts.optimizer.schedule import check_schedule
 from megabts.optimizer.stability import AdamMonitor, SpikeGuard
 from megabts.parallel.collectives import all_reduce, broadcast_object
@@ -267,6 +269,8 @@ def _flops_per_token(run: Run) -> float:
     config = run.config
     if isinstance(run.model, BTSModel):
         return bts_flops(config.model, config.bts, config.data.seq_length, run.model.plan).total
+    if isinstance(run.model, MoEModel):
+        return moe_flops(config.model, config.moe, config.data.seq_length).total
     return dense_flops(config.model, config.data.seq_length).total
 
 

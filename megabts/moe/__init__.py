@@ -1,0 +1,1 @@
+"""Mixtures of experts made from members: Branch-Train-MiX and sparse upcycling."""

@@ -1,0 +1,83 @@
+"""A decoder whose feed-forwards are mixtures of ffn experts behind a router per layer (BTX, arXiv 2403.07816)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from megabts.config.methods import MoEConfig
+from megabts.config.model import ModelConfig
+from megabts.model.attention import Context
+from megabts.model.backend import Backend, Recompute
+from megabts.model.decoder import Decoder
+from megabts.model.part import Part
+from megabts.moe.experts import FFNExperts
+from megabts.moe.router import Router, Routes, balance_loss, route, with_loss
+from megabts.parallel.collectives import enter, leave
+from megabts.parallel.tensor import freeze
+
+RouteObserver = Callable[[int, Routes], None]
+
+
+class RoutedFeedForward(nn.Module):
+    """A router and N ffn experts; outputs are weighted sums. All tokens are routed alike on every tp rank."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, backend: Backend, recompute: Recompute) -> None:
+        super().__init__()
+        self.moe = moe
+        self.tp, self.sequence = backend.tp, backend.sequence
+        n, d = moe.num_ffn_experts, config.hidden_size
+        stds = (config.init_std, config.init_std / (2 * config.num_layers) ** 0.5)
+        self.router = Router(n, d, config.init_std, backend)
+        self.experts = FFNExperts(n, d, moe.ffn_width(config.ffn_size), stds, backend, recompute)
+        if moe.freeze_ffn_experts:
+            freeze(self.experts.parameters())
+        self.observers: list[RouteObserver] = []
+
+    def forward(self, hidden: Tensor, context: Context, layer: int) -> Tensor:
+        """[s', b, D] -> the same."""
+        hidden = enter(hidden, self.tp, self.sequence)
+        s, b, _ = hidden.shape
+        seeds = context.dropout_seeds if self.training else None
+        logits = self.router(hidden)
+        routes = route(logits, self.moe.routing_of(layer), self.moe.top_k, layer=layer, seeds=seeds, step=context.step)
+        for observer in self.observers:
+            observer(layer, routes)
+        out = self.experts(hidden.flatten(0, 1), routes)
+        if self.training and self.moe.balance > 0 and torch.is_grad_enabled():
+            # The trainer divides by the tokens of the whole batch; each of the tp ranks adds its part.
+            out = with_loss(out, balance_loss(routes, self.moe.balance), s * b / self.tp.size)
+        return leave(out.view(s, b, -1), self.tp, self.sequence)
+
+
+class MoEModel(Decoder):
+    """A decoder with a `RoutedFeedForward` in every layer; all its weights are its checkpoint's."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig,
+        backend: Backend,
+        *,
+        part: Part | None = None,
+        recompute: Recompute = "none",
+    ) -> None:
+        def make_routed(model: ModelConfig, library: Backend, again: Recompute) -> tuple[nn.Module, RoutedFeedForward]:
+            norm = library.norm(model.hidden_size, model.norm_eps, summed=library.sequence)
+            return norm, RoutedFeedForward(model, moe, library, again)
+
+        super().__init__(config, backend, part=part, recompute=recompute, make_routed=make_routed)
+        self.moe = moe
+
+    @contextmanager
+    def observe_routes(self, observer: RouteObserver) -> Iterator[None]:
+        """Inside the block `observer(layer, routes)` is told of every pass through a layer here. Blocks may nest."""
+        routed = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
+        for module in routed:
+            module.observers.append(observer)
+        try:
+            yield
+        finally:
+            for module in routed:
+                module.observers.remove(observer)
