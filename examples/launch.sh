@@ -85,7 +85,7 @@ launch_torchrun() {
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export TORCHELASTIC_SIGNALS_TO_HANDLE=$PET_SIGNALS_TO_HANDLE # torch before the option
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
-    exec python3 "$ENVIRONMENT_ROOT/examples/torchrun.py" --nnodes "$nodes" --nproc-per-node "$ranks" "${rendezvous[@]}" "$@"
+    exec python3 -m megabts.runtime.torchrun --nnodes "$nodes" --nproc-per-node "$ranks" "${rendezvous[@]}" "$@"
 }
 
 # launch_threads RANKS: the cores of this node, shared out among its ranks, unless the user has said.

@@ -59,6 +59,9 @@ def repository(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "examples", root / "examples", ignore=shutil.ignore_patterns("configs"))
     (root / "tools").mkdir()
     (root / "tools" / "train.py").write_text(TRAIN)
+    for name in ("__init__.py", "runtime/__init__.py", "runtime/torchrun.py"):
+        (root / "megabts" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "megabts" / name, root / "megabts" / name)
     binaries = tmp_path / "bin"
     binaries.mkdir()
     # The tests' own Python, and torchrun with it, are first on PATH; there is no .venv in the copy.
@@ -133,14 +136,14 @@ def test_under_torchrun(run: Run, repository: Path, options: list[str]) -> None:
 def test_two_nodes_from_bash(run: Run, repository: Path, tmp_path: Path) -> None:
     """Node 1 of 2: what torchrun is told. The rendezvous itself is torchrun's own business."""
     (tmp_path / "bin" / "python3").write_text(
-        f'#!/bin/sh\n[ "${{1##*/}}" = torchrun.py ] || exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n'
+        f'#!/bin/sh\n[ "$2" = megabts.runtime.torchrun ] || exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n'
     )
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node03", "MASTER_PORT": "1234", "NPROC_PER_NODE": "4"}
     done = run("bash", script(repository), **nodes)
     told = done.stdout.split("\n")
     expected = "--nnodes 2 --nproc-per-node 4 --node-rank 1 --master-addr node03 --master-port 1234"
-    assert told[1:11] == expected.split()
-    assert told[11] == str(repository / "tools/train.py")
+    assert told[2:12] == expected.split()
+    assert told[12] == str(repository / "tools/train.py")
 
     missing = run("bash", script(repository), NNODES="2")
     assert missing.returncode == 1

@@ -35,7 +35,7 @@ def main() -> int:
                 print(difference(config), flush=True)
             code = Trainer(build_run(config, mesh, device, start), progress).fit()
             stop_communication()
-        if "LAUNCH_EXIT_CODE" in os.environ:  # examples/torchrun.py: after a signal torchrun does not know it
+        if "LAUNCH_EXIT_CODE" in os.environ:  # megabts.runtime.torchrun: after a signal torchrun does not know it
             Path(os.environ["LAUNCH_EXIT_CODE"]).write_text(str(code))
         return code
 

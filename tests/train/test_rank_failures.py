@@ -88,7 +88,7 @@ def misbehave(starter: str, who: int, how: str, args: list[str], folder: Path) -
     script.write_text(MISBEHAVES)
     base = environment() | {"WHO": str(who), "HOW": how, "MARK": str(mark)}
     if starter == "torchrun":
-        launcher = [str(ROOT / "examples/torchrun.py"), "--standalone", "--nproc-per-node", "2"]
+        launcher = ["-m", "megabts.runtime.torchrun", "--standalone", "--nproc-per-node", "2"]
         starts = [([*launcher, str(script)], base)]
     else:
         common = base | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
