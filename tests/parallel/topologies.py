@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megabts.checkpoint.reader import load_tensors
 from megabts.checkpoint.storage import step_name
 from megabts.config.load import load_config
+from megabts.data.indexed import IndexedDatasetBuilder
 from megabts.parallel.mesh import build_mesh
 from megabts.runtime.metrics import read_metrics
 from megabts.train.trainer import Trainer
@@ -76,12 +78,21 @@ TOPOLOGIES = {
     "tp2 x pp2 x dp2": Topology(8, {"tensor": 2, "pipeline": 2}),
     "tp2+sp x pp2 x ep2": Topology(8, {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2}, ("bts reduce",)),
 }
-MODELS = ("dense", "dense one kv head", "dense tied", "bts", "bts one kv head", "bts reduce", "bts dropout")
+MODELS = (
+    *("dense", "dense one kv head", "dense tied", "dense documents"),
+    *("bts", "bts one kv head", "bts reduce", "bts dropout", "bts documents"),
+)
 
 
 def prepare(folder: Path) -> None:
-    """Data, and members of both kinds."""
+    """Data, some of it in short documents that end with token 96, and members of both kinds."""
     make_ids(folder / "ids")
+    rng = np.random.RandomState(1)
+    with IndexedDatasetBuilder(folder / "documents", np.uint16) as builder:
+        for _ in range(60):
+            builder.add_item([*rng.randint(96, size=rng.randint(2, 20)), 96])
+            builder.end_document()
+        builder.finalize()
     for name, sizes in (("members", SIZES), ("members one kv head", {**SIZES, "num_kv_heads": 1})):
         write_members(folder / name, "hub", *EXPERTS, **sizes)
 
@@ -121,7 +132,17 @@ def command_line(folder: Path, run_dir: Path, model: str, parallel: dict[str, An
         "checkpoint.keep": 0,
         "checkpoint.resume": True,
     }
-    return arguments(run_dir, {str(folder / "ids"): 1.0}, settings)
+    if "documents" in model:  # kept apart, their ends not predicted from; gradients are clipped, losses validated
+        settings |= {
+            "model.cross_document_attention": False,
+            "data.eod_mask_loss": True,
+            "data.valid": json.dumps({"short": str(folder / "documents")}),
+            "train.valid_every": 1,
+            "train.valid_samples": 5,
+            "train.recompute": "selective",
+            "optimizer.clip_grad": 0.1,
+        }
+    return arguments(run_dir, {str(folder / ("documents" if "documents" in model else "ids")): 1.0}, settings)
 
 
 @dataclass(frozen=True)
@@ -164,6 +185,10 @@ class Result:
     def logged(self, name: str) -> torch.Tensor:
         """One figure of every step, e.g. `loss`."""
         return torch.tensor([row[name] for row in read_metrics(self.run_dir)[0]], dtype=torch.float64)
+
+    def validated(self) -> torch.Tensor:
+        """Validation losses of every step."""
+        return torch.tensor([row["valid"]["short"] for row in read_metrics(self.run_dir)[1]], dtype=torch.float64)
 
     def tensors(self, step: int, file: str) -> dict[str, torch.Tensor]:
         """Whole tensors saved after `step` steps."""
