@@ -4,17 +4,17 @@ Every function writes a new checkpoint folder and returns its configuration; it 
 reads anything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megabts.bts.build import add_expert, member_records, open_members, remove_expert
 from megabts.bts.model import BTSModel
-from megabts.build import StoredModel, make_backend, open_model
+from megabts.build import StoredModel, make_backend, open_model, whole_model
 from megabts.checkpoint.folder import write_checkpoint
 from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord
 from megabts.checkpoint.reader import load_tensors
@@ -24,6 +24,7 @@ from megabts.config.methods import HUB, BTSConfig
 from megabts.config.run import RunConfig
 from megabts.errors import UserError
 from megabts.merge.soup import average
+from megabts.moe.upcycle import open_dense_members, write_upcycled
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.device import resolve_dtype
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
@@ -75,6 +76,26 @@ def soup(members: Mapping[str, tuple[str, float]], out: Path) -> RunConfig:
     return _write(out, RunConfig(model=first.config), merged, [], first.tokenizer)
 
 
+def upcycle(
+    config: RunConfig, out: Path, *, seed: int = 0, watch: Callable[[int, int], None] = lambda done, total: None
+) -> RunConfig:
+    """Write the MoE model of `config.moe.members` to `out`, in the memory of one tensor.
+
+    Weights are stored in the first member's number format; `config.precision` says what the model computes in. Members
+    that all have one folder are copies of it (sparse upcycling). `seed`: of the routers. `watch(done, total)` sees
+    every tensor. Raises UserError.
+    """
+    _check_free(out)
+    sources = open_dense_members(config.moe)
+    first = sources[0]
+    config = replace(config, method="moe", model=first.config)
+    config.moe.ffn_width(config.model.ffn_size)
+    metas = {name: meta for name, _, meta in whole_model(config).own_parameters()}
+    blobs, state = _beside(config, first.tokenizer)
+    write_upcycled(out, config.moe, sources, metas, blobs, state, seed, watch)
+    return config
+
+
 def _check_free(out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} exists already; give another --out or remove it first")
@@ -103,12 +124,17 @@ def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
+def _beside(config: RunConfig, tokenizer_folder: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(small files, state) of a checkpoint of `config` that no run has trained."""
+    tokenizer = build_tokenizer(tokenizer_folder) if tokenizer_folder else None
+    state = {"step": 0, "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else ""}
+    return {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(tokenizer)}, state
+
+
 def _write(
     out: Path, config: RunConfig, tensors: Mapping[str, Tensor], members: list[MemberRecord], tokenizer_folder: str
 ) -> RunConfig:
     """A checkpoint folder of `config` at `out`."""
-    tokenizer = build_tokenizer(tokenizer_folder) if tokenizer_folder else None
-    state = {"step": 0, "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else ""}
-    blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(tokenizer)}
+    blobs, state = _beside(config, tokenizer_folder)
     write_checkpoint(out, {MODEL_FILE: tensors}, blobs, state, members)
     return config

@@ -61,10 +61,11 @@ LLAMA_NAMES: Names = {
 FAMILIES: Mapping[str, Names] = {"llama": LLAMA_NAMES}
 
 
-def weights_from_hf(hf_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_from_hf(hf_dir: Path, order: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
     """All megabts parameters of a Hugging Face folder, by name, one at a time, in the stored type.
 
-    All names and shapes are checked before the first one comes. Raises UserError.
+    `order`: all names in the order wanted. All names and shapes are checked before the first one comes. Raises
+    UserError.
     """
     hf_dir = Path(hf_dir)
     config = config_from_hf(hf_dir)
@@ -79,8 +80,8 @@ def weights_from_hf(hf_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 _check_tied(hf_dir, source, names[EMBEDDING], head)
                 del source[head[0].name]
         _check_complete(hf_dir, source, names, sizes)
-        for ours, parts in names.items():
-            yield ours, _join(hf_dir, source, parts)
+        for ours in order or names:
+            yield ours, _join(hf_dir, source, names[ours])
 
 
 def weights_to_hf(

@@ -1,6 +1,6 @@
 """A folder with one dense model's weights, as a hub, an expert or a start: a megabts or a Hugging Face checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,13 @@ class DenseSource:
     tokenizer_fingerprint: str
     """"" when unknown."""
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All full parameters by megabts name, one at a time, in the stored type."""
+    def weights(self, order: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """All full parameters by megabts name, one at a time, in the stored type; in this `order`, if given."""
         if is_hf_folder(self.folder):
-            yield from weights_from_hf(self.folder)
+            yield from weights_from_hf(self.folder, order)
         else:
             with TensorReader(self.folder, MODEL_FILE) as reader:
-                yield from reader.items()
+                yield from ((name, reader.read(name)) for name in order or reader.shapes)
 
 
 def load_weights(folder: Path, parameters: NamedParameters, whole: Shapes, mesh: ParallelMesh) -> None:

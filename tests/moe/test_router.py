@@ -114,8 +114,10 @@ def test_balance_loss_by_its_formula() -> None:
 def test_a_loss_inside_gets_its_own_gradient() -> None:
     x, loss = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
     (with_loss(x, loss, 7.0) * 2).sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [2, 2, 2]
-    assert loss.grad is not None and loss.grad.item() == 7
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2, 2]
+    assert loss.grad is not None
+    assert loss.grad.item() == 7
 
 
 def test_noise_belongs_to_the_sample_and_is_gumbel() -> None:
