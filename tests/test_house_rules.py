@@ -173,8 +173,7 @@ def cuda_in_runtime(source: Source) -> Iterator[str]:
 
 
 def environment_in_runtime(source: Source) -> Iterator[str]:
-    launches = source.path == "examples/torchrun.py"  # what it starts reads an environment
-    if source.folder in ("tools", "tests") or source.path.startswith("megabts/runtime") or launches:
+    if source.folder in ("tools", "tests") or source.path.startswith("megabts/runtime"):
         return
     for node, name in uses(source, "os.environ", "os.environb", "os.getenv", "os.putenv"):
         yield source.at(
