@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megabts.config.methods import BTSConfig, MoEConfig
+from megabts.config.methods import BTMConfig, BTSConfig, MoEConfig, RoutingConfig
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError
 
@@ -43,7 +43,7 @@ class ParallelConfig:
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Communication library; auto is nccl on GPUs and gloo on CPU."""
     timeout: int = 300
-    """Seconds without progress after which a run of several ranks ends; four times as many at the start and in saves."""
+    """Seconds without progress after which a run of several ranks ends; four times that at the start and in saves."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "parallel", "tensor", "pipeline", "chunks", "expert", "bucket_mb", "timeout")
@@ -218,11 +218,14 @@ class LoggingConfig:
 class RunConfig:
     """Everything one run needs to know."""
 
-    method: Literal["dense", "bts", "moe"] = "dense"
-    """What is trained: a dense decoder, the stitches of a BTS model, or a decoder of mixtures of ffn experts (BTX)."""
+    method: Literal["dense", "bts", "moe", "btm", "routing"] = "dense"
+    """What is trained: a dense decoder, the stitches of a BTS model, a decoder of mixtures of ffn experts (BTX), or a
+    router between members. btm, an ensemble, is not trained."""
     model: ModelConfig = field(default_factory=ModelConfig)
     bts: BTSConfig = field(default_factory=BTSConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    btm: BTMConfig = field(default_factory=BTMConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
