@@ -1,4 +1,5 @@
-"""Checkpoints made from checkpoints, without training: a BTS model from members, an expert added or removed, a soup.
+"""Checkpoints made from checkpoints, without training: a BTS model from members, an expert added or removed, an
+ensemble, a router at its start, a soup.
 
 Every function writes a new checkpoint folder and returns its configuration; it refuses a folder that exists before it
 reads anything.
@@ -20,9 +21,10 @@ from megabts.checkpoint.manifest import MODEL_FILE, MemberRecord
 from megabts.checkpoint.reader import load_tensors
 from megabts.checkpoint.source import CONFIG_FILE, check_same_shape, open_dense
 from megabts.config.load import to_yaml
-from megabts.config.methods import HUB, BTSConfig
-from megabts.config.run import RunConfig
+from megabts.config.methods import HUB, BTMConfig, BTSConfig, RoutingConfig
+from megabts.config.run import PrecisionConfig, RunConfig
 from megabts.errors import UserError
+from megabts.merge.members import open_folders
 from megabts.merge.soup import average
 from megabts.moe.upcycle import open_dense_members, write_upcycled
 from megabts.parallel.mesh import ParallelMesh
@@ -74,6 +76,31 @@ def soup(members: Mapping[str, tuple[str, float]], out: Path) -> RunConfig:
     merged = average([dict(source.weights()) for source in sources.values()], weights)
     first = next(iter(sources.values()))
     return _write(out, RunConfig(model=first.config), merged, [], first.tokenizer)
+
+
+def combine(
+    method: Literal["btm", "routing"],
+    members: Mapping[str, str],
+    out: Path,
+    *,
+    top_k: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> RunConfig:
+    """Write the ensemble (btm) or the untrained router (routing) of members {name: folder} to `out`.
+
+    `top_k`: of the ensemble. The members stay where they are. Raises UserError.
+    """
+    _check_free(out)
+    sources = open_folders(method, members)
+    first = next(iter(sources.values()))
+    config = RunConfig(method=method, model=first.config, precision=PrecisionConfig(dtype=dtype))
+    if method == "btm":
+        config = replace(config, btm=BTMConfig(dict(members), top_k))
+    else:
+        config = replace(config, routing=RoutingConfig(dict(members)))
+    exact = resolve_dtype(dtype, torch.device("cpu"))
+    tensors = {name: meta.initial(name, SEED).to(exact) for name, _, meta in whole_model(config).own_parameters()}
+    return _write(out, config, tensors, member_records(sources), first.tokenizer)
 
 
 def upcycle(

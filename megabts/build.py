@@ -18,6 +18,9 @@ from megabts.checkpoint.storage import resolve
 from megabts.config.load import from_yaml
 from megabts.config.run import ParallelConfig, PrecisionConfig, RunConfig
 from megabts.errors import UsageError, UserError
+from megabts.merge.ensemble import Ensemble
+from megabts.merge.members import SideBySide, open_folders
+from megabts.merge.routing import Routing
 from megabts.model.backend import Backend
 from megabts.model.costs import dense_costs
 from megabts.model.decoder import Decoder
@@ -34,7 +37,7 @@ from megabts.parallel.sharding import initialise
 from megabts.runtime.device import check_te, have_te, resolve_dtype
 from megabts.tokenizers.build import find_tokenizer
 
-Built = Decoder | BTSModel
+Built = Decoder | BTSModel | Ensemble | Routing
 
 
 def make_backend(config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device | str) -> Backend:
@@ -109,6 +112,8 @@ def _moe(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> MoEModel:
 
 
 BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {"dense": _dense, "bts": _bts, "moe": _moe}
+BUILDERS["btm"] = lambda config, mesh, backend: Ensemble(config.model, config.btm, backend)
+BUILDERS["routing"] = lambda config, mesh, backend: Routing(config.model, config.routing, backend)
 """Method name -> builder of the model, its weights not yet set."""
 
 
@@ -120,7 +125,7 @@ class StoredModel:
     folder: Path
     """The checkpoint folder itself, or a Hugging Face folder."""
     members: dict[str, DenseSource]
-    """A BTS model's hub and experts."""
+    """Of a BTS model hub and experts; of an ensemble or routing its members."""
 
 
 @dataclass
@@ -138,15 +143,26 @@ class LoadedModel:
 def new_model(
     config: RunConfig, mesh: ParallelMesh, backend: Backend, members: Mapping[str, DenseSource] | None = None
 ) -> tuple[Built, list[MemberRecord]]:
-    """A model at the start of training: dense from its seed, BTS from its members' weights.
+    """A model at the start of training: dense from its seed, one of members from their weights.
 
-    `members`: those that are open already. Raises UserError, as `open_members` does.
+    `members`: those that are open already. Raises UserError, as `method_members` does.
     """
     model = BUILDERS[config.method](config, mesh, backend)
-    sources = open_members(config.bts, members) if isinstance(model, BTSModel) else {}
+    sources = method_members(config, members)
     _load_members(model, sources, mesh)
     initialise(model.own_parameters(), config.train.seed, mesh)
     return model, member_records(sources)
+
+
+def method_members(config: RunConfig, opened: Mapping[str, DenseSource] | None = None) -> dict[str, DenseSource]:
+    """The folders of the members that the method's models leave where they are; those in `opened` are not read again.
+
+    Raises UserError when one is missing, UsageError when they do not fit together or are too few.
+    """
+    if config.method == "bts":
+        return open_members(config.bts, opened)
+    folders = {"btm": config.btm.members, "routing": config.routing.members}.get(config.method)
+    return {} if folders is None else open_folders(config.method, folders, opened)
 
 
 def load_model(
@@ -201,10 +217,14 @@ def open_model(path: str | Path) -> StoredModel:
     folder = resolve(folder)
     config = from_yaml((folder / CONFIG_FILE).read_text(), str(folder / CONFIG_FILE))
     members = {record.name: open_member(record, folder) for record in read_manifest(folder).members}
+    places = {name: member.folder for name, member in members.items()}
     if config.method == "bts":
-        config = replace(
-            config, bts=with_members(config.bts, {name: member.folder for name, member in members.items()})
-        )
+        config = replace(config, bts=with_members(config.bts, places))
+    paths = {name: str(place) for name, place in places.items()}
+    if config.method == "btm":
+        config = replace(config, btm=replace(config.btm, members=paths))
+    elif config.method == "routing":
+        config = replace(config, routing=replace(config.routing, members=paths))
     return StoredModel(config, folder, members)
 
 
@@ -221,7 +241,7 @@ def full_shapes(model: Built) -> dict[str, tuple[int, ...]]:
 
 def _load_members(model: Built, members: Mapping[str, DenseSource], mesh: ParallelMesh) -> None:
     """The weights of the members that this rank runs."""
-    if not isinstance(model, BTSModel):
+    if not isinstance(model, BTSModel | SideBySide):
         return
     whole = full_shapes(whole_model(RunConfig(model=model.config)))
     for name, member in members.items():

@@ -7,10 +7,11 @@ and removing work on the stitches' tensors by name and touch no member's weights
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from megabts.bts.model import BTSModel, member_of
+from megabts.bts.model import member_of
 from megabts.checkpoint.manifest import MemberRecord
 from megabts.checkpoint.source import DenseSource, check_same_shape, load_weights, open_dense
 from megabts.config.methods import HUB, BTSConfig
@@ -44,7 +45,14 @@ def with_members(bts: BTSConfig, folders: Mapping[str, Path]) -> BTSConfig:
     return replace(bts, hub=paths.pop(HUB), experts=paths)
 
 
-def load_member(model: BTSModel, name: str, folder: Path, whole: Shapes, mesh: ParallelMesh) -> None:
+class HasMembers(Protocol):
+    """A model of several dense ones."""
+
+    members: nn.ModuleDict
+    """Those of this rank, by name."""
+
+
+def load_member(model: HasMembers, name: str, folder: Path, whole: Shapes, mesh: ParallelMesh) -> None:
     """Copy one member's weights into the model; those that it does not run here (an expert's final norm and head, other
     ranks' layers) are passed over.
 

@@ -1,5 +1,6 @@
 """How members are combined: the sections beside `model` that describe a method."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,6 +109,47 @@ class MoEConfig:
         """How many ffn experts of a layer a token runs through."""
         counts = {"topk": self.top_k, "switch": 1, "sample": 1, "soft": self.num_ffn_experts}
         return counts[self.routing_of(layer)]
+
+
+@dataclass
+class BTMConfig:
+    """Branch-Train-Merge (arXiv 2208.03306): members whose next-token probabilities are mixed. It is not trained."""
+
+    members: dict[str, str] = field(default_factory=dict)
+    """Members by name, each with its folder; none is special."""
+    top_k: int = 0
+    """Mix only the k members that are likeliest at a position; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise UsageError(f"btm.top_k is {self.top_k}; give a number of members, or 0 for all")
+        _check_names("btm", self.members)
+
+
+@dataclass
+class RoutingConfig:
+    """Expert routing: a linear router gives each text to one member."""
+
+    members: dict[str, str] = field(default_factory=dict)
+    """Members by name, each with its folder. The router reads embeddings of the first one: the seed, if it is in."""
+    min_tokens: int = 32
+    """In training the router reads the first t tokens of a sequence, t uniform from this ..."""
+    max_tokens: int = 256
+    """... to this. Of an evaluation window it reads so many, of a prompt all."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise UsageError(
+                f"routing.min_tokens is {self.min_tokens} and routing.max_tokens {self.max_tokens}; they must be at "
+                "least 1 and in ascending order"
+            )
+        _check_names("routing", self.members)
+
+
+def _check_names(section: str, names: Iterable[str]) -> None:
+    for name in names:
+        if not name.replace("-", "_").isidentifier():
+            raise UsageError(f"{section}.members has a member named {name!r}; use letters, digits, - and _")
 
 
 HUB = "hub"

@@ -12,6 +12,7 @@ from megabts.parallel.mesh import degrees
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Raise UsageError when the run's sizes do not divide as its parallel degrees ask on `world_size` ranks."""
     _, dp, _, _ = degrees(config.parallel, world_size)
+    _check_side_by_side(config)
     _check_tensor(config)
     _check_fp8(config)
     _check_expert(config)
@@ -22,6 +23,16 @@ def check_layout(config: RunConfig, world_size: int) -> None:
 def num_microbatches(config: RunConfig, dp: int) -> int:
     """Micro-batches that each rank runs in a step."""
     return config.train.global_batch // (config.train.micro_batch * dp)
+
+
+def _check_side_by_side(config: RunConfig) -> None:
+    """Members that nothing stitches run on one rank, as a batch's rows go to different ones."""
+    if config.method == "btm":
+        raise UsageError("method btm has nothing to train; tools/merge.py btm makes it, tools/evaluate.py runs it")
+    for axis in ("tensor", "pipeline", "expert"):
+        degree = getattr(config.parallel, axis)
+        if config.method == "routing" and degree > 1:
+            raise UsageError(f"parallel.{axis} is {degree}, but method routing runs data-parallel only; leave it at 1")
 
 
 def _check_tensor(config: RunConfig) -> None:

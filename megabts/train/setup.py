@@ -8,11 +8,10 @@ from typing import TypeVar
 import torch
 from torch.distributed import Store
 
-from megabts.bts.build import open_members
-from megabts.build import Built, StoredModel, load_model, make_backend, new_model, open_model
+from megabts.build import Built, StoredModel, load_model, make_backend, method_members, new_model, open_model
 from megabts.checkpoint.manifest import MemberRecord
 from megabts.checkpoint.source import MODEL_FREE
-from megabts.config.methods import HUB, BTSConfig, MoEConfig
+from megabts.config.methods import BTSConfig, MoEConfig, RoutingConfig
 from megabts.config.model import ModelConfig
 from megabts.config.run import RunConfig
 from megabts.data.build import build_train_dataset, build_valid_datasets, data_hash
@@ -38,7 +37,7 @@ MOE_FREE = {"routing", "top_k", "balance", "freeze_ffn_experts", "first_layer_so
 MEMBERS = {"hub", "experts", "members"}
 """Settings not compared with a checkpoint's, which knows its members by path and content hash itself."""
 
-Section = TypeVar("Section", ModelConfig, BTSConfig, MoEConfig)
+Section = TypeVar("Section", ModelConfig, BTSConfig, MoEConfig, RoutingConfig)
 
 
 @dataclass
@@ -77,19 +76,20 @@ def start_ranks(config: RunConfig, launch: Launch, store: Store | None = None) -
 def open_start(config: RunConfig, mesh: ParallelMesh) -> StoredModel | None:
     """What the run starts from, on every rank, opened and verified by the first one alone; None: from nothing.
 
-    A new BTS model starts from its members, with its hub's sizes and tokenizer. Raises UserError.
+    A new model of members starts from them, with the sizes and tokenizer of the first (a BTS model's hub). Raises
+    UserError.
     """
     start = None
     if mesh.rank == 0 and config.checkpoint.init_from:
         start = open_model(config.checkpoint.init_from)
-    elif mesh.rank == 0 and config.method == "bts":
-        members = open_members(config.bts)
-        start = StoredModel(replace(config, model=members[HUB].config), members[HUB].folder, members)
     elif mesh.rank == 0 and config.method == "moe":
         raise UsageError(
             "method moe starts from an upcycled checkpoint; make one with tools/upcycle.py and give it as "
             "--checkpoint.init_from"
         )
+    elif mesh.rank == 0 and (members := method_members(config)):
+        first = next(iter(members.values()))
+        start = StoredModel(replace(config, model=first.config), first.folder, members)
     found: StoredModel | None = broadcast_object(start)
     return found
 
@@ -111,7 +111,8 @@ def adopt_sizes(config: RunConfig, explicit: set[str], start: StoredModel | None
         bts = _adopt(config.bts, found.bts, "bts", BTS_FREE, explicit, folder)
         bts.check_trainable()
         moe = _adopt(config.moe, found.moe, "moe", MOE_FREE, explicit, folder)
-        config = replace(config, method=found.method, bts=bts, moe=moe)
+        routing = _adopt(config.routing, found.routing, "routing", set(), explicit, folder)
+        config = replace(config, method=found.method, bts=bts, moe=moe, routing=routing)
     tokenizer = find_tokenizer(folder)
     if "data.tokenizer" not in explicit and tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))

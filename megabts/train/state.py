@@ -33,6 +33,7 @@ FIXED = (
     "model.",
     "bts.",
     "moe.",
+    "routing.",
     "data.",
     "optimizer.",
     "train.steps",
@@ -46,6 +47,7 @@ FREE = {"data.valid", "data.cache", "data.tokenizer", "data.train", "model.prese
     "bts.hub",
     "bts.experts",
     "moe.members",
+    "routing.members",
 }
 """Exceptions: names of places. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
 

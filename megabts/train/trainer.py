@@ -18,6 +18,7 @@ from megabts.checkpoint.saver import Saved
 from megabts.checkpoint.storage import has_steps, resolve
 from megabts.errors import UserError
 from megabts.evaluation.perplexity import domain_losses
+from megabts.merge.routing import Routing
 from megabts.model.flops import dense_flops
 from megabts.moe.flops import moe_flops
 from megabts.moe.model import MoEModel
@@ -271,7 +272,10 @@ def _flops_per_token(run: Run) -> float:
         return bts_flops(config.model, config.bts, config.data.seq_length, run.model.plan).total
     if isinstance(run.model, MoEModel):
         return moe_flops(config.model, config.moe, config.data.seq_length).total
-    return dense_flops(config.model, config.data.seq_length).total
+    dense = dense_flops(config.model, config.data.seq_length)
+    if isinstance(run.model, Routing):  # every member judges every sequence
+        return run.model.num_local_members * dense.forward
+    return dense.total
 
 
 @contextmanager
