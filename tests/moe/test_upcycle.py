@@ -15,6 +15,7 @@ from megabts import assemble
 from megabts.build import num_parameters, whole_model
 from megabts.checkpoint.manifest import MODEL_FILE
 from megabts.checkpoint.reader import load_tensors
+from megabts.checkpoint.source import open_dense
 from megabts.config.load import load_config
 from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
@@ -27,6 +28,7 @@ from megabts.moe.routes import record_routes
 from megabts.moe.upcycle import dense_name, upcycle
 from tests.bts.folders import write_dense
 from tests.moe.models import MEMBERS, SIZES, dense_model, moe_model
+from tests.train.runs import MEMBERS as GOLDEN
 from tests.train.runs import ROOT, environment
 
 TEXT = [3, 7, 1, 30, 12, 4, 0, 29, 5]
@@ -180,6 +182,23 @@ def test_a_checkpoint_is_written_and_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not divide into 7 chunks"):
         assemble.upcycle(RunConfig(moe=MoEConfig(folders, split=7)), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_members_of_two_formats_are_upcycled(tmp_path: Path) -> None:
+    hub = open_dense(GOLDEN / "hub")
+    sizes = {name: getattr(hub.config, name) for name in vars(hub.config) if name != "preset"}
+    other = write_dense(tmp_path / "other", 2, **sizes)
+    assemble.upcycle(RunConfig(moe=MoEConfig({"hub": str(hub.folder), "other": str(other)})), tmp_path / "out")
+    found, theirs, ours = (
+        load_tensors(tmp_path / "out", MODEL_FILE),
+        dict(hub.weights()),
+        load_tensors(other, MODEL_FILE),
+    )
+    for name, tensor in found.items():
+        if dense_name(name) not in ("", name):
+            assert torch.equal(tensor, torch.stack([theirs[dense_name(name)], ours[dense_name(name)]]))
+        elif dense_name(name):
+            assert torch.allclose(tensor, (theirs[name] + ours[name]) / 2)
 
 
 def test_the_members_are_held_one_tensor_at_a_time() -> None:
