@@ -111,9 +111,13 @@ def _moe(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> MoEModel:
     return MoEModel(config.model, config.moe, backend, part=_part(config, mesh), recompute=config.train.recompute)
 
 
-BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {"dense": _dense, "bts": _bts, "moe": _moe}
-BUILDERS["btm"] = lambda config, mesh, backend: Ensemble(config.model, config.btm, backend)
-BUILDERS["routing"] = lambda config, mesh, backend: Routing(config.model, config.routing, backend)
+BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {
+    "dense": _dense,
+    "bts": _bts,
+    "moe": _moe,
+    "btm": lambda config, _, backend: Ensemble(config.model, config.btm, backend),
+    "routing": lambda config, _, backend: Routing(config.model, config.routing, backend),
+}
 """Method name -> builder of the model, its weights not yet set."""
 
 

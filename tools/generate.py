@@ -58,7 +58,7 @@ def main() -> None:
     loaded = load_model(args.checkpoint, ParallelMesh(), dtype, pick_device(Launch()), without=args.without)
     model = loaded.model
     if args.gates and not isinstance(model, BTSModel):
-        raise UsageError(f"--gates: {args.checkpoint} is a dense model and has no gates")
+        raise UsageError(f"--gates: {args.checkpoint} is a {loaded.config.method} model and has no gates")
     if not (args.tokenizer or loaded.tokenizer):
         raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
     tokenizer = build_tokenizer(args.tokenizer or loaded.tokenizer)

@@ -1,4 +1,4 @@
-"""Train a dense decoder or the stitches of a BTS model: `tools/train.py --config FILE [--section.key value ...]`.
+"""Train a model of any method but btm: `tools/train.py --config FILE [--section.key value ...]`.
 
 Under torchrun every rank runs this file. `--help` lists all settings.
 """
