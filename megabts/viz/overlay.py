@@ -34,7 +34,7 @@ def draw_overlay(losses: Mapping[str, Mapping[int, float]], path: Path) -> None:
     """Write a picture (type by the name's ending): losses above, relative distance to the first run below."""
     (_, first), *others = losses.items()
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure = Figure(figsize=(7.5, 5.5), layout="constrained", dpi=120)
+        figure = Figure(figsize=(7.5, 5.5), layout="constrained", dpi=80)
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         for number, (name, found) in enumerate(losses.items()):
             style = {"color": PALETTE[number % len(PALETTE)], "linestyle": DASHES[number % len(DASHES)]}
