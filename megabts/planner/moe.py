@@ -1,4 +1,4 @@
-"""Branch-Train-MiX (arXiv 2403.07816) of a BTS model's members, as an estimate: this version does not train it.
+"""Branch-Train-MiX (arXiv 2403.07816) of a BTS model's members, as an estimate: with ffn experts over ep.
 
 Every layer's feed-forwards stand beside each other as ffn experts behind a linear router [N, D]; everything else is the
 members' average, once. N members, of which a token runs through k: all of them (soft), the best two (top2), or one that

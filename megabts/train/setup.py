@@ -160,7 +160,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start
         config.optimizer,
         mesh,
         bucket_elements=config.parallel.bucket_mb * 1_000_000 // 4,
-        tied=(EMBEDDING,) if config.method != "bts" and config.model.tie_embeddings else (),
+        tied=(EMBEDDING,) if config.method in ("dense", "moe") and config.model.tie_embeddings else (),
         device=device,
     )
     if not any(gather_objects(bool(optimizer.names))):
