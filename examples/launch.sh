@@ -73,6 +73,10 @@ launch_torchrun() {
             ranks=$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')
         fi
     fi
+    if ! [[ $ranks =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]]; then
+        environment_fail "NPROC_PER_NODE is $ranks; give a number of ranks from 1, or gpu, cpu or auto"
+    fi
+    if ! [[ $nodes =~ ^[1-9][0-9]*$ ]]; then environment_fail "NNODES is $nodes; give a number of nodes from 1"; fi
     if [ "$nodes" != 1 ]; then
         if [ -z "${MASTER_ADDR:-}" ] || [ -z "${NODE_RANK:-}" ]; then
             environment_fail "NNODES=$nodes needs MASTER_ADDR (the first node) and NODE_RANK (0 to $((nodes - 1))) on every node"

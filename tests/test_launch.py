@@ -150,6 +150,15 @@ def test_two_nodes_from_bash(run: Run, repository: Path, tmp_path: Path) -> None
     assert "error: NNODES=2 needs MASTER_ADDR" in missing.stderr
 
 
+@pytest.mark.parametrize("wrong", [{"NPROC_PER_NODE": "x"}, {"NPROC_PER_NODE": "0"}, {"NNODES": "two"}])
+def test_numbers_of_ranks_and_nodes_are_checked(run: Run, repository: Path, wrong: dict[str, str]) -> None:
+    done = run("bash", script(repository), **wrong)
+    ((name, value),) = wrong.items()
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {name} is {value}; give a number of ")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_one_rank_of_srun(run: Run, repository: Path, name: str) -> None:
     slurm = {
