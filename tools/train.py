@@ -17,6 +17,7 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # below it: pages of C++ frames when a rank is gone
     with told_once():
         config = load_config(sys.argv[1:])
+        from megabts.parallel.layout import check_layout
         from megabts.runtime.device import Launch, stop_communication
         from megabts.runtime.log import configure_logging
         from megabts.runtime.rendezvous import meet
@@ -31,6 +32,7 @@ def main() -> int:
             mesh, device = start_ranks(config, launch, meeting.store if meeting else None)
             start = open_start(config, mesh)
             config = adopt_sizes(config, explicit_keys(sys.argv[1:]), start)
+            check_layout(config, launch.world_size)  # before the settings are listed, so that its line stands alone
             if launch.rank == 0:
                 print(difference(config), flush=True)
             code = Trainer(build_run(config, mesh, device, start), progress).fit()

@@ -55,7 +55,8 @@ class ParallelConfig:
         if self.cuts and (len(self.cuts) != self.num_stages - 1 or sorted(self.cuts) != self.cuts):
             raise UsageError(
                 f"parallel.cuts is {self.cuts}; {self.num_stages} stages (pipeline {self.pipeline} x chunks "
-                f"{self.chunks}) need {self.num_stages - 1} ascending numbers"
+                f"{self.chunks}) need as many cuts as boundaries ({self.num_stages - 1}), ascending; mend them, or "
+                "leave them out for balanced ones"
             )
 
     @property

@@ -147,7 +147,8 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is dict:
         return f"a mapping of names to {_WORDS.get(arguments[1], str(arguments[1]))}"
     if get_origin(hint) is list:
-        return f"a list of {_WORDS.get(arguments[0], str(arguments[0]))}"
+        word = _WORDS.get(arguments[0], str(arguments[0]))
+        return f"a list of {word.removeprefix('a ')}s" if word.startswith("a ") else f"a list of {word}"
     return _WORDS.get(hint, str(hint)) + (" (quote it)" if hint is str else "")
 
 

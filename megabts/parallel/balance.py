@@ -79,8 +79,9 @@ def check_cuts(cuts: Sequence[int], num_layers: int, num_stages: int) -> list[in
     bounds = [0, *cuts, num_layers]
     if len(cuts) != num_stages - 1 or bounds != sorted(bounds):
         raise UsageError(
-            f"parallel.cuts is {list(cuts)}; {num_stages} stages of {num_layers} layers need {num_stages - 1} "
-            f"ascending numbers from 0 to {num_layers}; mend them, or leave them out for balanced ones"
+            f"parallel.cuts is {list(cuts)}; {num_stages} stages of {num_layers} layers need as many cuts as "
+            f"boundaries ({num_stages - 1}), ascending from 0 to {num_layers}; mend them, or leave them "
+            "out for balanced ones"
         )
     return list(cuts)
 

@@ -121,7 +121,7 @@ def _check_batch(config: RunConfig, dp: int) -> None:
     if whole % (micro * dp):
         raise UsageError(
             f"train.global_batch {whole} is not a multiple of train.micro_batch {micro} x {dp} data-parallel ranks = "
-            f"{micro * dp}"
+            f"{micro * dp}; change one of them"
         )
 
 
@@ -139,5 +139,5 @@ def _check_pipeline(config: RunConfig, dp: int) -> None:
         raise UsageError(
             f"schedule interleaved needs micro-batches in multiples of parallel.pipeline {parallel.pipeline}; "
             f"train.global_batch {config.train.global_batch} / train.micro_batch {config.train.micro_batch} / {dp} "
-            f"data-parallel ranks = {count}"
+            f"data-parallel ranks = {count}; change one of them, or set parallel.chunks 1"
         )

@@ -110,7 +110,10 @@ def check_plannable(config: RunConfig, pinned: frozenset[str], method: str) -> N
     if method not in METHODS:
         raise UsageError(f"--as {method} is unknown; use one of {', '.join(ESTIMATES)}")
     if method != config.method and (config.method != "bts" or method not in ESTIMATES):
-        raise UsageError(f"--as {method} plans other uses ({', '.join(ESTIMATES)}) of the members of a bts run")
+        raise UsageError(
+            f"--as {method} plans other uses ({', '.join(ESTIMATES)}) of the members of a bts run; "
+            f"this run's method is {config.method}"
+        )
     chosen = sorted(key for key in pinned if key in ("parallel.cuts", "parallel.schedule"))
     if chosen:
         raise UsageError(f"{chosen[0]} is for the planner to choose; leave it out")

@@ -92,6 +92,8 @@ class Trainer:
     def _begin(self, folder: str) -> int:
         """The number of steps done already."""
         if not folder:
+            if self.config.checkpoint.resume:
+                log.info(f"no checkpoint in {self.dir} to resume from; this run starts at its beginning")
             return 0
         step = self.saved_step = restore(self.run, Path(folder), self.guard)
         log.info(f"resumed from {folder} after step {step}")

@@ -162,6 +162,7 @@ def test_unknown_key_like_nothing() -> None:
         ("data: {train: [p]}", "data.train is ['p'] (FILE:1); expected a mapping of names to a number"),
         ("data: {valid: {a: 1}}", "data.valid is {'a': 1} (FILE:1); expected a mapping of names to text"),
         ("bts: {trainable: code}", "bts.trainable is 'code' (FILE:1); expected a list of text"),
+        ("parallel: {cuts: two}", "parallel.cuts is 'two' (FILE:1); expected a list of whole numbers"),
         ("bts: {alternating: 1}", "bts.alternating is 1 (FILE:1); expected true or false"),
         ("bts: {start: unifrm}", "bts.start is 'unifrm' (FILE:1); expected uniform or hub_leaning or hub_preserving"),
         ("method: [dense]", "method is ['dense'] (FILE:1); expected dense or bts"),

@@ -66,7 +66,7 @@ def test_what_fits_is_let_through(config: RunConfig, world: int) -> None:
         (
             run({"pipeline": 2, "cuts": [5]}),
             2,
-            r"parallel.cuts is \[5\]; 2 stages of 4 layers need 1 ascending numbers from 0 to 4",
+            r"cuts is \[5\]; 2 stages of 4 layers need as many cuts as boundaries \(1\), ascending from 0 to 4",
         ),
         (run({"pipeline": 7}), 7, r"pipeline 7 x parallel.chunks 1 = 7 stages are more than 4 layers"),
         (
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(config: RunConfig, wor
         ({"pipeline": 0}, "parallel.pipeline is 0; it must be at least 1"),
         ({"expert": 0}, "parallel.expert is 0; it must be at least 1"),
         ({"chunks": 2}, "chunks is 2, which needs parallel.schedule interleaved"),
-        ({"pipeline": 3, "cuts": [1]}, r"cuts is \[1\]; 3 stages .* need 2 ascending"),
+        ({"pipeline": 3, "cuts": [1]}, r"cuts is \[1\]; 3 stages .* need as many cuts as boundaries \(2\)"),
         ({"pipeline": 3, "cuts": [2, 1]}, "ascending"),
     ],
 )

@@ -134,9 +134,11 @@ def test_the_batch_must_fit_the_ranks(blend: Blend, tmp_path: Path) -> None:
     done = shell("train.py", arguments(tmp_path / "run", blend, train__global_batch=6), num_ranks=2)
     assert done.returncode == 1
     assert error_lines(done.stderr) == [
-        "error: train.global_batch 6 is not a multiple of train.micro_batch 2 x 2 data-parallel ranks = 4"
+        "error: train.global_batch 6 is not a multiple of train.micro_batch 2 x 2 data-parallel ranks = 4; "
+        "change one of them"
     ]
     assert 'train.py", line' not in done.stderr
+    assert "train.global_batch:" not in done.stdout, "settings listed beside the refusal"
     assert time.monotonic() - begin < 45
 
 
