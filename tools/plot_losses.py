@@ -12,7 +12,7 @@ from megabts.errors import UsageError, run_tool
 def main() -> None:
     """Read the runs' metrics, draw, print the largest differences."""
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a run folder; two or more")
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=DIR", help="a run folder; two or more")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="picture to write (.png, .svg, .pdf)")
     args = parser.parse_args()
     runs = dict(named(item) for item in args.run)

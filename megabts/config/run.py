@@ -52,6 +52,10 @@ class ParallelConfig:
                 f"parallel.chunks is {self.chunks}, which needs parallel.schedule interleaved and parallel.pipeline "
                 "above 1; set them, or leave it at 1"
             )
+        if self.schedule == "interleaved" and self.chunks == 1:
+            raise UsageError(
+                "parallel.schedule interleaved needs several layer chunks a rank; set parallel.chunks, or schedule 1f1b"
+            )
         if self.cuts and (len(self.cuts) != self.num_stages - 1 or sorted(self.cuts) != self.cuts):
             raise UsageError(
                 f"parallel.cuts is {self.cuts}; {self.num_stages} stages (pipeline {self.pipeline} x chunks "

@@ -247,6 +247,8 @@ def _tell(verdict: Verdict, beat: Beat | None, meeting: Meeting) -> None:
     facts.append("look at the stack below, " if own or same else "no rank of its host is left to show its stack, ")
     facts[-1] += "then start again with --checkpoint.resume true; if it is only slow, raise parallel.timeout"
     _say(f"error: {culprit} hangs: {'; '.join(facts)}")
+    if own or same:
+        _say(f"stacks of rank {verdict.rank}, its threads' one after the other:")
     if own:
         _say(stacks().rstrip())
     elif same:

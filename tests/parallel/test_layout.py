@@ -88,6 +88,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(config: RunConfig, wor
         ({"tensor": 0}, "parallel.tensor is 0; it must be at least 1"),
         ({"pipeline": 0}, "parallel.pipeline is 0; it must be at least 1"),
         ({"expert": 0}, "parallel.expert is 0; it must be at least 1"),
+        ({"pipeline": 2, "schedule": "interleaved"}, "needs several layer chunks a rank; set parallel.chunks"),
         ({"chunks": 2}, "chunks is 2, which needs parallel.schedule interleaved"),
         ({"pipeline": 3, "cuts": [1]}, r"cuts is \[1\]; 3 stages .* need as many cuts as boundaries \(2\)"),
         ({"pipeline": 3, "cuts": [2, 1]}, "ascending"),
