@@ -175,12 +175,18 @@ class _Watchdog(threading.Thread):
     def _leave(self) -> None:
         """Another rank failed, or one hangs: the main thread gets a while to leave by itself."""
         self.asked = math.inf
-        self.store.set(f"noticed/{self.rank}", "")
-        end = time.monotonic() + GRACE
+        # The store may go with the first rank, which waits for the others: they must be gone by then, or they would
+        # take the broken connections for the failure.
+        goes_first = self.meeting.hosted and self.rank > 0
+        if not goes_first:
+            self.store.set(f"noticed/{self.rank}", "")
+        end = time.monotonic() + (1 if goes_first else GRACE)
         while time.monotonic() < end and not self.stop.is_set():
             if self.store.check(["verdict"]):
                 self._end(Verdict(**json.loads(self.store.get("verdict"))))
             time.sleep(0.1)
+        if goes_first:
+            self.store.set(f"noticed/{self.rank}", "")
         if not self.stop.is_set():
             os._exit(1)
 
