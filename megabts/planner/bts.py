@@ -60,7 +60,7 @@ def stitch_work(config: RunConfig, flow: StitchFlow, placement: Placement) -> Wo
     """One stitch on one rank."""
     parameters, trainable = _count(config, flow.point.kind, placement)
     d, everywhere, value = config.model.hidden_size, rows(config), value_bytes(config)
-    gates = _num_gates(flow.point.kind, placement)
+    gates = len(placement.gated(flow.point.kind))
     moved = [each * gates * everywhere * d / config.parallel.tensor * value / 2 for each in GATE_BYTES]
     return Work(
         parameters=parameters,
@@ -82,7 +82,7 @@ def _tensor(config: RunConfig, flow: StitchFlow, placement: Placement) -> tuple[
     half, tp = tensor_bytes(config, config.model.hidden_size) / 2, config.parallel.tensor
     experts, hub, before = list(placement.experts), [HUB] * placement.has_hub, flow.before
     last = flow.point.after == config.model.num_layers
-    gates = [HUB] * bool(_num_gates(flow.point.kind, placement))
+    gates = [HUB] * bool(placement.gated(flow.point.kind))
     if flow.point.kind == "hub_into_experts":
         entered, sliced, left = gates, experts, experts
     else:
@@ -101,7 +101,7 @@ def _kept(config: RunConfig, flow: StitchFlow, placement: Placement) -> float:
         return 0.0
     tp, into_hub = config.parallel.tensor, flow.point.kind == "experts_into_hub"
     experts, hub = len(placement.experts), placement.has_hub
-    gates = _num_gates(flow.point.kind, placement)
+    gates = len(placement.gated(flow.point.kind))
     own = 1 / tp if tp > 1 else 0.0  # with one tensor-parallel rank a slice is the state itself
     whole = float(gates > 0)  # the hub's state, which gates read
     if not into_hub:
@@ -129,15 +129,6 @@ def _shared(layer: Work, flow: StitchFlow, placement: Placement, config: RunConf
         shared = len(placement.experts) if tp == 1 and not copied else 0
     state = shared * state_bytes(config)
     return layer + Work(kept=-state, entry=-state)
-
-
-def _num_gates(kind: Kind, placement: Placement) -> int:
-    """Gate slices that this rank computes."""
-    if kind == "hub_into_experts":
-        return len(placement.experts)
-    if placement.exchange == "gather":
-        return len(placement.members) if placement.has_hub else 0
-    return len(placement.local)
 
 
 def _exchanged(config: RunConfig, flow: StitchFlow, placement: Placement) -> tuple[float, float]:
