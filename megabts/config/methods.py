@@ -58,7 +58,8 @@ Routing = Literal["topk", "switch", "soft", "sample"]
 
 @dataclass
 class MoEConfig:
-    """Branch-Train-MiX (arXiv 2403.07816) and sparse upcycling (arXiv 2212.05055): what the MoE layers are made of."""
+    """Branch-Train-MiX (arXiv 2403.07816), sparse upcycling (arXiv 2212.05055) and Branch-Attend-Mix (BAM, arXiv
+    2408.08274): what the MoE layers are made of."""
 
     members: dict[str, str] = field(default_factory=dict)
     """Members by name, each with the folder it came from, the seed first. The model holds all weights itself."""
@@ -77,8 +78,14 @@ class MoEConfig:
     """Train routers and everything shared, but not the ffn experts."""
     first_layer_soft: bool = True
     """With routing=sample, the first layer is soft, as in the paper."""
+    attention_experts: bool = False
+    """Each member's attention is an attention expert behind a router of its own, soft (BAM); false: their average."""
+    adapters: bool = False
+    """Every expert's output passes a linear adapter; these and the routers alone train. Needs attention_experts."""
 
     def __post_init__(self) -> None:
+        if self.adapters and not self.attention_experts:
+            raise UsageError("moe.adapters is for members that stay whole; set moe.attention_experts true too")
         if self.top_k < 1 or self.split < 1:
             raise UsageError(f"moe.top_k is {self.top_k} and moe.split {self.split}; both must be at least 1")
         if self.balance < 0:

@@ -86,9 +86,14 @@ def qkv_metas(config: ModelConfig) -> tuple[ParamMeta, ParamMeta | None]:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(hd)) v; `qkv` is the projection of hidden states to heads, of `qkv_metas`."""
+    """softmax(q k^T / sqrt(hd)) v; `qkv` is the projection of hidden states to heads, of `qkv_metas`.
 
-    def __init__(self, config: ModelConfig, backend: Backend, qkv: nn.Module, recompute: Recompute) -> None:
+    `left`: the output is this rank's part of a sum over tp, at all s positions (see `Backend.row_linear`).
+    """
+
+    def __init__(
+        self, config: ModelConfig, backend: Backend, qkv: nn.Module, recompute: Recompute, *, left: bool = False
+    ) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.local_heads = [max(1, heads // backend.tp.size) for heads in config.qkv_heads]
@@ -101,7 +106,7 @@ class Attention(nn.Module):
         out_std = config.init_std / (2 * config.num_layers) ** 0.5
         shape = (config.hidden_size, config.num_heads * config.head_dim)
         self.out = backend.row_linear(
-            ParamMeta(shape, "normal", out_std, dim=1, parts=(config.num_heads,), unit=config.head_dim)
+            ParamMeta(shape, "normal", out_std, dim=1, parts=(config.num_heads,), unit=config.head_dim), left=left
         )
         self.qk_norm = config.qk_norm
 

@@ -38,8 +38,12 @@ class Backend(Protocol):
         """
         ...
 
-    def row_linear(self, weight: ParamMeta) -> nn.Module:
-        """Linear [s, b, in / tp] -> [s', b, out], summed over tp; parameter `weight` [out, in]."""
+    def row_linear(self, weight: ParamMeta, *, left: bool = False) -> nn.Module:
+        """Linear [s, b, in / tp] -> [s', b, out], summed over tp; parameter `weight` [out, in].
+
+        `left`: its output [s, b, out] is this rank's part of the sum; its caller calls `collectives.leave` once for
+        several linears.
+        """
         ...
 
     def norm(self, size: int, eps: float, *, summed: bool = False) -> nn.Module:

@@ -30,7 +30,7 @@ class Model(Protocol):
     part: Part
     """What of the model this rank holds."""
     num_local_members: int
-    """Members on this rank, each with a cache of its own in generation."""
+    """Members (or attention experts) on this rank, each with a cache of its own in generation."""
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [b, s] -> hidden."""
@@ -76,7 +76,8 @@ class Decoder(nn.Module):
 
     Names do not depend on the part. The part with the head of tied embeddings has `embedding.weight` too, which starts
     alike on both; the matrix's gradient is the sum of theirs. `with_head=False` leaves final norm and head away: an
-    expert inside a BTS model never runs them. `make_routed` makes every layer's feed-forward (see `Layer`).
+    expert inside a BTS model never runs them. `make_routed` makes every layer's feed-forward, `make_attention` its
+    attentions (see `Layer`): then there is a cache for each of them.
     """
 
     num_local_members = 1
@@ -90,6 +91,7 @@ class Decoder(nn.Module):
         recompute: Recompute = "none",
         with_head: bool = True,
         make_routed: MakeRouted | None = None,
+        make_attention: MakeRouted | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -97,12 +99,13 @@ class Decoder(nn.Module):
         self.dtype = backend.dtype
         self.part = part or Part.whole(config.num_layers)
         self.num_slices = backend.tp.size if backend.sequence else 1
+        self.many_attentions = make_attention is not None
         with_head = with_head and self.part.head
         v, d = config.vocab_size, config.hidden_size
         if self.part.embedding or (with_head and config.tie_embeddings):
             self.embedding = backend.vocabulary(v, d, config.init_std)
         self.layers = nn.ModuleDict(
-            {str(index): Layer(config, backend, recompute, make_routed) for index in self.part.layers}
+            {str(i): Layer(config, backend, recompute, make_routed, make_attention) for i in self.part.layers}
         )
         if with_head:
             self.final_norm = backend.norm(d, config.norm_eps, summed=backend.sequence)
@@ -117,9 +120,10 @@ class Decoder(nn.Module):
         self, first: int, last: int, hidden: Tensor, context: Context, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """Layers [first, last) on [s', b, D]."""
+        caches = cache[0] if cache and not self.many_attentions else cache
         with self.backend.forward_context(hidden.shape[:2].numel()):
             for index in range(first, last):
-                hidden = self.layers[str(index)](hidden, context, index, cache[0] if cache else None)
+                hidden = self.layers[str(index)](hidden, context, index, caches)
         return hidden
 
     def logits(self, hidden: Tensor, context: Context | None = None, *, last: bool = False) -> Tensor:

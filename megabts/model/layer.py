@@ -1,6 +1,6 @@
 """One Transformer layer: attention and a SwiGLU feed-forward, each after a norm and added to the residual stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,36 @@ from megabts.model.backend import Backend, Recompute
 from megabts.parallel.sharding import ParamMeta
 
 MakeRouted = Callable[[ModelConfig, Backend, Recompute], tuple[nn.Module, nn.Module]]
-"""Makes (norm, routed feed-forward): the second is called with (hidden, context, layer), not with hidden alone."""
+"""Makes (norm, what reads it): a feed-forward that is called with (hidden, context, layer), not with hidden alone; or
+attention, called with (hidden, context, layer, caches)."""
+Caches = LayerCache | Sequence[LayerCache] | None
+"""An attention's cache; of several attentions in a layer, each one's."""
 
 
 class Layer(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)); `make_routed` puts a routed feed-forward in the MLP's place."""
+    """h + attention(norm(h)), then h + mlp(norm(h)).
+
+    `make_routed` puts a routed feed-forward in the MLP's place, `make_attention` several attentions in the one's.
+    """
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, recompute: Recompute, make_routed: MakeRouted | None = None
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        recompute: Recompute,
+        make_routed: MakeRouted | None = None,
+        make_attention: MakeRouted | None = None,
     ) -> None:
         super().__init__()
         self.backend = backend
         d, f = config.hidden_size, config.ffn_size
-        self.attention_norm, qkv = backend.norm_linear(d, config.norm_eps, *qkv_metas(config))
-        self.attention = Attention(config, backend, qkv, recompute)
+        self.attention_norm: nn.Module
+        self.attention: nn.Module
+        if make_attention is not None:
+            self.attention_norm, self.attention = make_attention(config, backend, recompute)
+        else:
+            self.attention_norm, qkv = backend.norm_linear(d, config.norm_eps, *qkv_metas(config))
+            self.attention = Attention(config, backend, qkv, recompute)
         self.routed = make_routed is not None
         if make_routed is not None:
             self.mlp_norm, self.mlp = make_routed(config, backend, recompute)
@@ -34,13 +50,13 @@ class Layer(nn.Module):
             self.mlp_norm, self.mlp = backend.norm_mlp(d, config.norm_eps, gate_up, down, recompute)
         self.recompute = recompute
 
-    def forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, layer: int, cache: Caches = None) -> Tensor:
         """[s or s / tp, b, D] -> the same."""
         if self.recompute == "full" and torch.is_grad_enabled():
             return self.backend.checkpoint(self._forward, hidden, context, layer, cache)
         return self._forward(hidden, context, layer, cache)
 
-    def _forward(self, hidden: Tensor, context: Context, layer: int, cache: LayerCache | None) -> Tensor:
+    def _forward(self, hidden: Tensor, context: Context, layer: int, cache: Caches) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), context, layer, cache)
         normed = self.mlp_norm(hidden)
         return hidden + (self.mlp(normed, context, layer) if self.routed else self.mlp(normed))

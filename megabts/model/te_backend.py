@@ -77,8 +77,10 @@ class TEBackend(TorchBackend):
             )
         return _linear(inner, weight, bias)
 
-    def row_linear(self, weight: ParamMeta) -> nn.Module:
+    def row_linear(self, weight: ParamMeta, *, left: bool = False) -> nn.Module:
         """See `Backend`."""
+        if left:
+            return super().row_linear(weight, left=True)
         check_columns(weight, self.tp)
         inner = self._build(
             "Linear", weight.shape[1], weight.shape[0], bias=False, parallel_mode="row", **self._split()

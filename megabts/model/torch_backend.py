@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megabts.model.backend import Recompute
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
-from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary
+from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary, check_columns
 
 
 class TorchBackend:
@@ -32,8 +32,11 @@ class TorchBackend:
         """See `Backend`."""
         return ColumnLinear(weight, bias, self.tp, self.dtype, self.device, sequence=self.sequence, entered=entered)
 
-    def row_linear(self, weight: ParamMeta) -> nn.Module:
+    def row_linear(self, weight: ParamMeta, *, left: bool = False) -> nn.Module:
         """See `Backend`."""
+        if left:  # then, as where the region is entered, this rank's slice is all there is to it
+            check_columns(weight, self.tp)
+            return self.column_linear(weight, entered=True)
         return RowLinear(weight, self.tp, self.dtype, self.device, sequence=self.sequence)
 
     def norm(self, size: int, eps: float, *, summed: bool = False) -> nn.Module:

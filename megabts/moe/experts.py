@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megabts.model.backend import Backend, Recompute
 from megabts.model.torch_backend import swiglu
+from megabts.moe.adapters import Adapters
 from megabts.moe.router import Routes
 from megabts.parallel.sharding import ParamMeta
 
@@ -20,7 +21,8 @@ from megabts.parallel.sharding import ParamMeta
 class FFNExperts(nn.Module):
     """down_i(silu(gate_i x) * up_i x) for N ffn experts i of width F.
 
-    Parameters `gate_up` [N, 2 F, D], gate before up, and `down` [N, D, F], both split along F over tp.
+    Parameters `gate_up` [N, 2 F, D], gate before up, and `down` [N, D, F], both split along F over tp. `adapters`: of
+    the ffn experts' outputs, before they are weighted.
     """
 
     def __init__(
@@ -31,10 +33,13 @@ class FFNExperts(nn.Module):
         stds: tuple[float, float],
         backend: Backend,
         recompute: Recompute,
+        *,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         n, d, f = num_ffn_experts, hidden_size, width
         self.recompute = recompute
+        self.adapters = adapters
         self.metas = {
             "gate_up": ParamMeta((n, 2 * f, d), "normal", stds[0], dim=1, parts=(f, f)),
             "down": ParamMeta((n, d, f), "normal", stds[1], dim=2),
@@ -49,16 +54,19 @@ class FFNExperts(nn.Module):
         weights = routes.weights.to(hidden.dtype)
         experts = list(zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True))
         if routes.everywhere:
-            outputs = [self._run(hidden, *expert) for expert in experts]
+            outputs = self._adapt([self._run(hidden, *expert) for expert in experts])
             return (weights.unsqueeze(1) @ torch.stack(outputs, 1)).squeeze(1)
         num_tokens, k = routes.chosen.shape
         order = routes.chosen.flatten().argsort(stable=True)  # of the T k choices, token after token
         back = order.argsort()
         counts = routes.chosen.flatten().bincount(minlength=len(experts)).tolist()
         blocks = _Deal.apply(hidden, order, back, k).split(counts)
-        sorted_outputs = torch.cat([self._run(rows, *expert) for rows, expert in zip(blocks, experts, strict=True)])
-        outputs = _Permute.apply(sorted_outputs, back, order).view(num_tokens, k, -1)
+        sorted_outputs = self._adapt([self._run(rows, *expert) for rows, expert in zip(blocks, experts, strict=True)])
+        outputs = _Permute.apply(torch.cat(sorted_outputs), back, order).view(num_tokens, k, -1)
         return (weights.unsqueeze(1) @ outputs).squeeze(1)
+
+    def _adapt(self, outputs: list[Tensor]) -> list[Tensor]:
+        return outputs if self.adapters is None else self.adapters(outputs)
 
     def _run(self, rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         wide = F.linear(rows, gate_up)

@@ -1,7 +1,11 @@
-"""A decoder whose feed-forwards are mixtures of ffn experts behind a router per layer (BTX, arXiv 2403.07816)."""
+"""A decoder whose feed-forwards are mixtures of ffn experts behind a router per layer (BTX, arXiv 2403.07816).
+
+In BAM (arXiv 2408.08274) its attentions are mixtures too; with adapters these alone train, and routers.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +16,8 @@ from megabts.model.attention import Context
 from megabts.model.backend import Backend, Recompute
 from megabts.model.decoder import Decoder
 from megabts.model.part import Part
+from megabts.moe.adapters import Adapters
+from megabts.moe.attention import RoutedAttention
 from megabts.moe.experts import FFNExperts
 from megabts.moe.router import Router, Routes, balance_loss, route, with_loss
 from megabts.parallel.collectives import enter, leave
@@ -30,7 +36,9 @@ class RoutedFeedForward(nn.Module):
         n, d = moe.num_ffn_experts, config.hidden_size
         stds = (config.init_std, config.init_std / (2 * config.num_layers) ** 0.5)
         self.router = Router(n, d, config.init_std, backend)
-        self.experts = FFNExperts(n, d, moe.ffn_width(config.ffn_size), stds, backend, recompute)
+        adapters = Adapters(n, d, backend) if moe.adapters else None
+        width = moe.ffn_width(config.ffn_size)
+        self.experts = FFNExperts(n, d, width, stds, backend, recompute, adapters=adapters)
         if moe.freeze_ffn_experts:
             freeze(self.experts.parameters())
         self.observers: list[RouteObserver] = []
@@ -52,7 +60,10 @@ class RoutedFeedForward(nn.Module):
 
 
 class MoEModel(Decoder):
-    """A decoder with a `RoutedFeedForward` in every layer; all its weights are its checkpoint's."""
+    """A decoder with a `RoutedFeedForward` in every layer, with `moe.attention_experts` a `RoutedAttention` too.
+
+    All its weights are its checkpoint's.
+    """
 
     def __init__(
         self,
@@ -63,12 +74,31 @@ class MoEModel(Decoder):
         part: Part | None = None,
         recompute: Recompute = "none",
     ) -> None:
-        def make_routed(model: ModelConfig, library: Backend, again: Recompute) -> tuple[nn.Module, RoutedFeedForward]:
+        def after_norm(
+            kind: type[RoutedFeedForward] | type[RoutedAttention],
+            model: ModelConfig,
+            library: Backend,
+            again: Recompute,
+        ) -> tuple[nn.Module, nn.Module]:
             norm = library.norm(model.hidden_size, model.norm_eps, summed=library.sequence)
-            return norm, RoutedFeedForward(model, moe, library, again)
+            return norm, kind(model, moe, library, again)
 
-        super().__init__(config, backend, part=part, recompute=recompute, make_routed=make_routed)
+        super().__init__(
+            config,
+            backend,
+            part=part,
+            recompute=recompute,
+            make_routed=partial(after_norm, RoutedFeedForward),
+            make_attention=partial(after_norm, RoutedAttention) if moe.attention_experts else None,
+        )
         self.moe = moe
+        if moe.attention_experts:
+            self.num_local_members = len(moe.members)
+        if moe.adapters:
+            freeze(self.parameters())
+            for module in self.modules():
+                if isinstance(module, Adapters | Router):
+                    module.requires_grad_(True)
 
     @contextmanager
     def observe_routes(self, observer: RouteObserver) -> Iterator[None]:

@@ -29,6 +29,7 @@ class ParamMeta:
     shape: tuple[int, ...]
     """Shape of the full tensor."""
     init: Literal["normal", "constant", "identity"] = "constant"
+    """identity: of matrices [.., m, n], each."""
     value: float = 0.0
     """Standard deviation of a normal start, or the constant."""
     dim: int | None = None
@@ -97,7 +98,7 @@ class ParamMeta:
         if self.init == "constant":
             return torch.full(self.shape, self.value)
         if self.init == "identity":
-            return torch.eye(*self.shape)
+            return torch.eye(*self.shape[-2:]).expand(self.shape).contiguous()
         generator = torch.Generator().manual_seed(name_seed(name, seed))
         return torch.empty(self.shape).normal_(0.0, self.value, generator=generator)
 
