@@ -58,7 +58,16 @@ class StepStats:
     skipped_steps: int = 0
     """Steps skipped since the run began."""
     extra: dict[str, float] = field(default_factory=dict)
-    """Further figures by name, reported under that name."""
+    """Further figures by name, reported under that name. Log lines show those of `SHOWN` alone."""
+
+
+SHOWN = {"moe/entropy": "router entropy {:.3f}", "moe/dead": "dead ffn experts {:.0f}"}
+"""Further figures that log lines have room for."""
+
+
+def reported(step: int, every: int, first: int, last: int) -> bool:
+    """Whether a run whose steps are `first` to `last` reports `step`, at one report in `every` steps."""
+    return step % every == 0 or step in (first, last)
 
 
 class MetricsLogger:
@@ -130,7 +139,7 @@ class MetricsLogger:
                 writer.close()
 
     def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step in (self.first_step, self.total_steps)
+        return reported(step, every, self.first_step, self.total_steps)
 
 
 class Rates:
@@ -199,6 +208,7 @@ class Rates:
             f"data {100 * sum(s.data_seconds for s in self.window) / self.seconds:.1f}%",
             f"eta {self.eta(stats)}",
         ]
+        parts += [words.format(stats.extra[name]) for name, words in SHOWN.items() if name in stats.extra]
         if stats.skipped_steps:
             parts.append(f"skipped {stats.skipped_steps}")
         return " | ".join(parts)

@@ -26,9 +26,10 @@ from megabts.optimizer.schedule import check_schedule
 from megabts.optimizer.stability import AdamMonitor, SpikeGuard
 from megabts.parallel.collectives import all_reduce, broadcast_object
 from megabts.runtime.device import memory, peak_flops, synchronize
-from megabts.runtime.metrics import MetricsLogger, StepStats
+from megabts.runtime.metrics import MetricsLogger, StepStats, reported
 from megabts.runtime.progress import Progress
 from megabts.train.health import adam_health
+from megabts.train.routes import watch_routes
 from megabts.train.setup import Run
 from megabts.train.state import make_saver, restore, start_save
 from megabts.train.step import StepResult, train_step
@@ -107,14 +108,17 @@ class Trainer:
                 self.progress.enter("data", step + 1)
                 micro_batches = next(batches)
                 data_seconds = time.perf_counter() - begin
-                result = train_step(
-                    run.stages, run.optimizer, self.guard, micro_batches, step, self.config, self.progress
-                )
+                with watch_routes(
+                    run, wanted=reported(step + 1, self.config.logging.every, first + 1, steps)
+                ) as routes:
+                    result = train_step(
+                        run.stages, run.optimizer, self.guard, micro_batches, step, self.config, self.progress
+                    )
                 synchronize(run.device)
                 seconds = time.perf_counter() - begin
-                health = self._adam_health(step + 1)
+                extra = self._adam_health(step + 1) | routes
                 if logger:
-                    stats = self._stats(step + 1, result, seconds, data_seconds, health)
+                    stats = self._stats(step + 1, result, seconds, data_seconds, extra)
                     with self._metrics_may_fail():
                         logger.log_step(stats)
                 if self._after(step + 1, result, logger, stop):
@@ -238,7 +242,7 @@ class Trainer:
         )
 
     def _stats(
-        self, step: int, result: StepResult, seconds: float, data_seconds: float, health: dict[str, float]
+        self, step: int, result: StepResult, seconds: float, data_seconds: float, extra: dict[str, float]
     ) -> StepStats:
         used, total = memory(self.run.device)
         tokens = self.config.train.global_batch * self.config.data.seq_length
@@ -256,7 +260,7 @@ class Trainer:
             memory_total_bytes=total,
             data_seconds=data_seconds,
             skipped_steps=self.guard.skipped,
-            extra=health,
+            extra=extra,
         )
 
     def _adam_health(self, step: int) -> dict[str, float]:

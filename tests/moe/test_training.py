@@ -7,8 +7,10 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from megabts import assemble
 from megabts.build import load_model
@@ -21,6 +23,7 @@ from megabts.inference.engine import GenerationSettings, generate, generate_unca
 from megabts.moe.flops import moe_flops
 from megabts.parallel.layout import check_layout
 from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.metrics import read_metrics
 from megabts.train.trainer import Trainer
 from tests.bts.folders import write_members
 from tests.parallel.topologies import BETA1, RESUMED, STEPS, Job, Result, differences, train_all
@@ -100,6 +103,38 @@ def test_layouts_equal_one_rank(folder: Path, layout: str, model: str) -> None:
         assert max(differences(other.gradients(), one.gradients()).values()) < 1e-5
     file = "model.safetensors"
     assert max(differences(other.tensors(STEPS, file), one.tensors(STEPS, file)).values()) < 1e-6
+
+
+@pytest.mark.parametrize("layout, model", CASES)
+def test_every_layout_reports_the_routes_of_the_whole_batch(folder: Path, layout: str, model: str) -> None:
+    one, other = (
+        [{name: row[name] for name in row if name.startswith("moe/")} for row in read_metrics(run)[0]]
+        for run in (folder / "one" / model, folder / layout / model)
+    )
+    assert len(one) == STEPS
+    assert [pytest.approx(row, rel=1e-9) for row in one] == other
+
+
+def test_reported_routes_by_hand(folder: Path, tmp_path: Path) -> None:
+    run = build(command(folder, tmp_path / "run", "topk", {}))
+    logits: list[Tensor] = []
+    run.model.layers["1"].mlp.router.register_forward_hook(lambda _, __, out: logits.append(out.detach().flatten(0, 1)))
+    run.stages.losses(next(run.loader.iterate(0)), backward=False)
+    row = read_metrics(folder / "one" / "topk")[0][0]
+    p = torch.cat(logits).softmax(-1).numpy()
+    chosen = np.argsort(-p, 1)[:, :2]
+    for index in range(3):
+        assert row[f"moe/layer_01/share_{index}"] == (chosen == index).mean()
+    assert row["moe/layer_01/dead"] == 3 - len(np.unique(chosen))
+    assert row["moe/layer_01/entropy"] == pytest.approx(-(p * np.log(p)).sum(1).mean())
+    losses = []
+    for one in (part.softmax(-1).numpy() for part in logits):
+        best = np.sort(one, 1)[:, 1:]
+        kept = np.where(one >= best[:, :1], one, 0) / best.sum(1, keepdims=True)
+        losses.append(0.01 * 3 * (kept.mean(0) * one.mean(0)).sum())
+    assert row["moe/layer_01/balance_loss"] == pytest.approx(np.mean(losses))
+    assert row["moe/dropped"] == 0
+    assert row["moe/entropy"] == pytest.approx((row["moe/layer_00/entropy"] + row["moe/layer_01/entropy"]) / 2)
 
 
 def test_frozen_ffn_experts_stay_and_all_else_moves(folder: Path) -> None:

@@ -72,6 +72,8 @@ def test_line_of_one_cpu_rank_without_known_peak() -> None:
     line = rates.line(one)
     assert "| tok/s 950 | 52.3 GFLOP/s/rank | MFU N/A | mem 61.2 GiB |" in line
     assert line.endswith("eta --:--:-- | skipped 2")
+    routed = stats(1, extra={"moe/entropy": 1.0986, "moe/dead": 2, "moe/layer_00/dead": 2})
+    assert rates.line(routed).endswith("eta --:--:-- | router entropy 1.099 | dead ffn experts 2")
 
 
 def test_first_step_does_not_count_in_rates_and_eta() -> None:
