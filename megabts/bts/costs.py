@@ -6,7 +6,7 @@ Layers up to the first trainable stitch cost no backward, so a balanced pipeline
 
 from collections.abc import Sequence
 
-from megabts.bts.flops import stitch_flops
+from megabts.bts.flops import matrix_flops, stitch_flops
 from megabts.bts.flow import StitchFlow, gradient_flow, needs_gradient
 from megabts.bts.placement import Exchange, Placement
 from megabts.bts.plan import stitch_plan
@@ -35,8 +35,11 @@ def bts_costs(
         Placement.of(bts.members, Axis("ep", num_expert_ranks, rank), exchange) for rank in range(num_expert_ranks)
     ]
     flows = gradient_flow(stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating), bts)
-    ranks = [_layers(model, flows, seq_length, recompute, placement) for placement in placements]
+    matrices = matrix_flops(bts, model.hidden_size)
+    ranks = [_layers(model, flows, seq_length, recompute, placement, matrices) for placement in placements]
     head = head_flops(model)
+    if bts.output == "mixture":
+        head *= len(bts.members)
     passes = HUB in needs_gradient(flows, model.num_layers)
     return Costs(
         embedding=Cost(),
@@ -46,17 +49,22 @@ def bts_costs(
 
 
 def _layers(
-    model: ModelConfig, flows: Sequence[StitchFlow], seq_length: int, recompute: bool, placement: Placement
+    model: ModelConfig,
+    flows: Sequence[StitchFlow],
+    seq_length: int,
+    recompute: bool,
+    placement: Placement,
+    matrices: tuple[float, float],
 ) -> list[Cost]:
-    """Each layer of one expert-parallel rank's members, with the stitch after it."""
+    """Each layer of one expert-parallel rank's members, with the stitch after it; `matrices`: of `matrix_flops`."""
     stitches = {flow.point.after: flow for flow in flows}
-    layer, linear = layer_flops(model, seq_length), 2.0 * model.hidden_size**2
+    layer = layer_flops(model, seq_length)
     costs = []
     for depth in range(model.num_layers):
         passing = len(needs_gradient(flows, depth) & set(placement.local))
         cost = Cost(len(placement.local) * layer, passing * layer * (2 if recompute else 1))
         if depth + 1 in stitches:
-            stitch = stitch_flops(stitches[depth + 1], placement, linear)
+            stitch = stitch_flops(stitches[depth + 1], placement, *matrices)
             cost += Cost(stitch.forward, stitch.backward_activation + stitch.backward_weight)
         costs.append(cost)
     return costs

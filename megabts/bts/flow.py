@@ -23,7 +23,7 @@ class StitchFlow:
     before: frozenset[str]
     """Members whose states need a gradient where they enter the stitch."""
     after: frozenset[str]
-    """Likewise where they leave it. After the last stitch there is the hub alone."""
+    """Likewise where they leave it. After the last stitch there is the hub alone, unless all members' heads are read."""
 
 
 def gradient_flow(plan: Sequence[StitchPoint], bts: BTSConfig) -> list[StitchFlow]:
@@ -33,7 +33,7 @@ def gradient_flow(plan: Sequence[StitchPoint], bts: BTSConfig) -> list[StitchFlo
     needs: frozenset[str] = frozenset()
     for index, point in enumerate(plan):
         after = needs | _gained(point, bts, trained, needs)
-        if index == len(plan) - 1:
+        if index == len(plan) - 1 and bts.output == "hub":
             after &= {HUB}
         flows.append(StitchFlow(point, trained, needs, after))
         needs = after

@@ -1,8 +1,9 @@
 """A BTS model: frozen members running side by side, stitch layers between them.
 
 Every member keeps its own embedding and layers and reads the same tokens; at a stitch point they meet. The model's
-output is the hub's, so final norm and head of the experts are not even built. Members are frozen: autograd records
-nothing before the first trainable stitch, and downstream of it computes activation gradients only.
+output is the hub's, so final norm and head of the experts are not even built; with `bts.output` mixture it is that of
+all (see `output`). Members are frozen: autograd records nothing before the first trainable stitch, and downstream of it
+computes activation gradients only.
 
 Members may lie on several ranks (`ep`, see `placement`), and a rank may hold a part of the layers of its members
 (`part`, a pipeline's). A rank then builds only what it runs; names do not depend on it.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megabts.bts.flow import gradient_flow, needs_gradient
+from megabts.bts.output import OutputMixture
 from megabts.bts.placement import ALONE, Exchange, Exchanges, Placement, broadcast
 from megabts.bts.plan import stitch_plan
 from megabts.bts.stitch import Stitch
@@ -37,8 +39,10 @@ class BTSModel(nn.Module):
 
     Hidden is [members, s', b, D] of this rank's members, s' being s / tp under sequence parallelism, else s. After
     layer L it is [1, s', b, D] on the hub's rank and [0, s', b, D] on others, which then only follow: their loss is 0.
+    Where the output is a mixture it stays [members, s', b, D].
 
-    Raises UsageError for a member's name that a module cannot have, or more stitch layers than layers.
+    Raises UsageError for a member's name that a module cannot have, more stitch layers than layers, or a mixture of
+    members that lie on several ranks.
     """
 
     def __init__(
@@ -54,6 +58,11 @@ class BTSModel(nn.Module):
     ) -> None:
         super().__init__()
         _check_names(bts)
+        self.mixes = bts.output == "mixture"
+        if self.mixes and ep.size > 1:
+            raise UsageError(
+                f"bts.output mixture needs all members' heads on one rank; set parallel.expert 1, not {ep.size}"
+            )
         self.config = config
         self.bts = bts
         self.backend = backend
@@ -65,7 +74,9 @@ class BTSModel(nn.Module):
         self.part = part = part or Part.whole(config.num_layers)
         self.members = nn.ModuleDict(
             {
-                name: Decoder(config, backend.frozen(), part=part, recompute=recompute, with_head=name == HUB)
+                name: Decoder(
+                    config, backend.frozen(), part=part, recompute=recompute, with_head=self.mixes or name == HUB
+                )
                 for name in self.placement.local
             }
         )
@@ -79,6 +90,7 @@ class BTSModel(nn.Module):
                 if any(chunk.start < flow.point.after <= chunk.stop for chunk in part.chunks)
             }
         )
+        self.output = OutputMixture(bts.members, config.hidden_size, backend) if self.mixes and part.head else None
         if "*" not in bts.trainable:
             freeze(p for name, p, _ in self.own_parameters() if member_of(name) not in bts.trainable)
         self._observers: list[GateObserver] = []
@@ -118,7 +130,7 @@ class BTSModel(nn.Module):
         new, gates = stitch(
             states,
             seeds,
-            last=flow.point.after == self.config.num_layers,
+            last=flow.point.after == self.config.num_layers and not self.mixes,
             exchanges=exchanges,
             with_gates=bool(self._observers),
         )
@@ -143,9 +155,11 @@ class BTSModel(nn.Module):
     def logits(self, hidden: Tensor, context: Context | None = None, *, last: bool = False) -> Tensor:
         """The hub's: [1, s', b, D] -> [b, s, V], on every rank; outside autograd where there are several.
 
-        Or [b, 1, V] after the `last` position (s' = s).
+        Or [b, 1, V] after the `last` position (s' = s). A mixture's, from [members, s', b, D], are log-probabilities.
         """
         ep, hidden = self.placement.ep, hidden[:, -1:] if last else hidden
+        if self.output is not None:
+            return self.output.logits(self._decoders(), hidden)
         if ep.size == 1:
             return self.hub.logits(hidden[0])
         _, slice_length, b, _ = hidden.shape
@@ -155,10 +169,12 @@ class BTSModel(nn.Module):
             return broadcast(own, ep)
 
     def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor, context: Context | None = None) -> Tensor:
-        """The hub's: [1, s', b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats.
+        """The hub's: [1, s', b, D] and labels, mask [b, s] -> sum of the cross-entropy, nats; or the mixture's.
 
         On other ranks 0, to be run backward like the hub's: that runs their part of the exchanges.
         """
+        if self.output is not None:
+            return self.output.loss(self._decoders(), hidden, labels, mask)
         if self.placement.has_hub:
             return self.hub.loss(hidden[0], labels, mask)
         return hidden.sum(dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -166,21 +182,24 @@ class BTSModel(nn.Module):
     def wire_shape(self, depth: int, s: int, b: int) -> tuple[int, ...]:
         """[members, s', b, D] of this rank after `depth` layers, for b whole sequences of s tokens."""
         assert s % self.num_slices == 0, f"{s} positions do not divide among {self.num_slices} ranks"
-        members = int(self.placement.has_hub) if depth == self.config.num_layers else self.num_local_members
+        hub_alone = depth == self.config.num_layers and not self.mixes
+        members = int(self.placement.has_hub) if hub_alone else self.num_local_members
         return members, s // self.num_slices, b, self.config.hidden_size
 
     def trains(self, layers: range) -> bool:
-        """Whether anything of the stitches after these layers trains, on this rank."""
-        inside = (
+        """Whether anything of the stitches after these layers, or of the output, trains, on this rank."""
+        inside = [
             self.stitches[str(index)]
             for index, point in enumerate(self.plan)
             if layers.start < point.after <= layers.stop
-        )
-        return any(parameter.requires_grad for stitch in inside for parameter in stitch.parameters())
+        ]
+        if self.output is not None and layers.stop == self.config.num_layers:
+            inside.append(self.output)
+        return any(parameter.requires_grad for module in inside for parameter in module.parameters())
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter, ParamMeta]]:
-        """The stitches': members stay where they are."""
-        return (item for item in named_metas(self) if item[0].startswith("stitches."))
+        """The stitches' and the output's: members stay where they are."""
+        return (item for item in named_metas(self) if not item[0].startswith("members."))
 
     @property
     def hub(self) -> Decoder:
@@ -215,4 +234,5 @@ def _check_names(bts: BTSConfig) -> None:
 def member_of(parameter: str) -> str:
     """The member a parameter belongs to: "stitches.2.gates.code.weight" -> "code"; the hub has a stitch's others."""
     parts = parameter.split(".")
-    return parts[3] if parts[2] in ("projections", "gates") else HUB
+    kinds = [place for place, part in enumerate(parts) if part in ("projections", "gates")]
+    return parts[kinds[0] + 1] if kinds else HUB

@@ -35,17 +35,30 @@ class ParameterReport:
 def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
     """Count without building anything. Raises UsageError when there are more stitch layers than layers."""
     d, n = model.hidden_size, len(bts.experts)
+    projection, gate = matrix_sizes(bts, d)
     owned = dict.fromkeys(bts.members, 0)
     for point in stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating):
         for expert in bts.experts:
-            owned[expert] += 2 * d * d  # projection and gate slice
+            owned[expert] += projection + gate
         if point.kind == "experts_into_hub":
-            owned[HUB] += d * d + (d if bts.start != "uniform" else 0)  # gate slice; hub bias or mix
+            owned[HUB] += gate + (d if bts.start != "uniform" else 0)  # gate slice; hub bias or mix
+    heads = 1
+    if bts.output == "mixture":
+        heads = n + 1
+        owned = {name: count + d for name, count in owned.items()}
     trained = sum(count for name, count in owned.items() if name in bts.trainable or "*" in bts.trainable)
     paper_trained = bts.num_stitch_layers * (2 * n + 1) * d * d
     output = d + (0 if model.tie_embeddings else model.vocab_size * d)
     members = (n + 1) * model.num_parameters
-    return ParameterReport(trained, paper_trained, members + paper_trained, members - n * output + sum(owned.values()))
+    return ParameterReport(
+        trained, paper_trained, members + paper_trained, members - (n + 1 - heads) * output + sum(owned.values())
+    )
+
+
+def matrix_sizes(bts: BTSConfig, hidden_size: int) -> tuple[int, int]:
+    """Parameters of (a projection, a gate slice)."""
+    d, rank = hidden_size, bts.projection_rank
+    return (2 * d * rank if rank else d * d), (d if bts.gate == "token" else d * d)
 
 
 def short(count: int) -> str:

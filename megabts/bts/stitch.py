@@ -16,11 +16,13 @@ is not allocated. How members on several ranks meet is `placement`'s.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabts.bts.flow import StitchFlow, gradient_flow
 from megabts.bts.placement import ALONE, Exchanges, Placement, broadcast
 from megabts.bts.plan import Kind, StitchPoint
+from megabts.bts.projection import make_gate, make_projection
 from megabts.config.methods import HUB, BTSConfig
 from megabts.model.backend import Backend
 from megabts.parallel.collectives import all_gather, all_reduce, enter, from_hidden_slices, to_hidden_slices
@@ -84,11 +86,9 @@ class Stitch(nn.Module):
         self.flow = flow or gradient_flow([StitchPoint(0, kind)], config)[0]
         self.tp, self.sequence = backend.tp, backend.sequence
         d, with_hub = hidden_size, kind == "experts_into_hub" and placement.has_hub
-        projection, gate = ParamMeta((d, d), "identity", dim=0), ParamMeta((d, d), "constant", dim=0)
-        self.projections = nn.ModuleDict(
-            {name: backend.column_linear(projection, entered=True) for name in placement.experts}
-        )
-        self.gates = nn.ModuleDict({name: backend.column_linear(gate, entered=True) for name in placement.gated(kind)})
+        self.normalised = config.gate_input == "normalised"
+        self.projections = nn.ModuleDict({name: make_projection(d, config, backend) for name in placement.experts})
+        self.gates = nn.ModuleDict({name: make_gate(d, config, backend) for name in placement.gated(kind)})
         self.metas: dict[str, ParamMeta] = {}
         self.hub_bias = self.mix = None
         if with_hub and config.start == "hub_leaning":
@@ -225,10 +225,14 @@ class Stitch(nn.Module):
         return all_gather(stacked, placement.ep, 0, counts)
 
     def _gate_logits(self, hub: Tensor, seeds: Sequence[int] | None) -> list[Tensor]:
-        logits = []
+        """Of each gate slice here, [s, b, D / tp], from the hub's whole state."""
+        logits, width = [], hub.shape[-1] // self.tp.size
+        read = F.rms_norm(hub, hub.shape[-1:]) if self.normalised else hub
         for name, gate in self.gates.items():
             mine = None if seeds is None else [name_seed(name, seed) for seed in seeds]
-            logits.append(gate_dropout(gate(hub), self.dropout, mine, self.tp))
+            logit = gate(read)
+            split = self.tp if logit.shape[-1] == width else ALONE  # else: a number per token, the same on every rank
+            logits.append(gate_dropout(logit, self.dropout, mine, split).expand(*hub.shape[:-1], width))
         if self.hub_bias is not None:
             logits[0] = logits[0] + self.hub_bias
         return logits

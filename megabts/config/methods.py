@@ -28,12 +28,23 @@ class BTSConfig:
     equal parts; hub_leaning: a bias on the hub's gate logit; hub_preserving: h0 + a (mix - h0) with a = 0."""
     hub_bias: float = 3.0
     """Initial bias b on the hub's gate logit with start=hub_leaning: the hub's weight is e^b / (e^b + n)."""
+    gate: Literal["dimension", "token"] = "dimension"
+    """What a gate is: a vector of hidden_size per member and token (paper), or one number."""
+    gate_input: Literal["raw", "normalised"] = "raw"
+    """What gates read: the hub's state as it is (paper), or divided by its root mean square."""
+    projection_rank: int = 0
+    """Rank r of the projections I + U V, U of hidden_size x r, zero at the start; 0: full matrices (paper)."""
+    output: Literal["hub", "mixture"] = "hub"
+    """What the model answers with: the hub's head (paper), or the members' probabilities through their own heads,
+    mixed per token by a trained gate."""
     trainable: list[str] = field(default_factory=lambda: ["*"])
     """Which members' projections and gate slices train: member names or "*" for all."""
 
     def __post_init__(self) -> None:
         if self.num_stitch_layers < 1:
             raise UsageError(f"bts.num_stitch_layers is {self.num_stitch_layers}; it must be at least 1")
+        if self.projection_rank < 0:
+            raise UsageError(f"bts.projection_rank is {self.projection_rank}; give a rank, or 0 for full matrices")
         if not 0 <= self.gate_dropout < 1:
             raise UsageError(f"bts.gate_dropout is {self.gate_dropout}; it must lie in [0, 1)")
         for name in self.experts:

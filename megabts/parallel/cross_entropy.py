@@ -31,6 +31,17 @@ def linear_cross_entropy(
     return loss
 
 
+def linear_cross_entropies(
+    hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, first: int, chunk: int = 1024
+) -> Tensor:
+    """Each position's cross-entropy, in nats, [T] (float32; float64 for float64), of a head that does not train.
+
+    hidden [T, D], labels [T] and weight as in `linear_cross_entropy`; the weight gets no gradient.
+    """
+    losses: Tensor = _LinearCrossEntropies.apply(hidden, weight.detach(), labels, tp, first, chunk)
+    return losses
+
+
 def _softmax_chunk(logits: Tensor, labels: Tensor, tp: Axis, first: int) -> tuple[Tensor, Tensor]:
     """(per-position loss [t], softmax minus one-hot [t, V/tp]); overwrites `logits` (float32)."""
     maximum = all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX)
@@ -80,3 +91,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
+
+
+class _LinearCrossEntropies(torch.autograd.Function):
+    """Position by position: a row of hidden's gradient depends on its own loss alone, so backward only scales rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, first: int, chunk: int) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = (hidden[part] @ weight.T).to(exact)
+            losses[part], grad_logits = _softmax_chunk(logits, labels[part], tp, first)
+            if grad_hidden is not None:
+                torch.mm(grad_logits.to(hidden.dtype), weight, out=grad_hidden[part])
+        ctx.save_for_backward(grad_hidden)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad_hidden,) = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype).unsqueeze(-1)
+        return grad_hidden, None, None, None, None, None

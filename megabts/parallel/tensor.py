@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megabts.errors import UsageError
 from megabts.parallel.collectives import SEQUENCE, all_gather, all_gather_single, enter, leave, reduce_scatter_single
-from megabts.parallel.cross_entropy import linear_cross_entropy
+from megabts.parallel.cross_entropy import linear_cross_entropies, linear_cross_entropy
 from megabts.parallel.mesh import Axis
 from megabts.parallel.ranges import Range
 from megabts.parallel.sharding import ParamMeta
@@ -184,6 +184,11 @@ class Vocabulary(nn.Module):
         """Sum of the cross-entropy in nats over positions; hidden [s', b, D], labels and mask [s, b]."""
         hidden = enter(hidden, self.tp, self.sequence).flatten(0, 1)
         return linear_cross_entropy(hidden, self.weight, labels.flatten(), mask.flatten(), self.tp, self.first)
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy in nats of each position [s, b], of a frozen matrix; hidden [s', b, D], labels [s, b]."""
+        hidden = enter(hidden, self.tp, self.sequence).flatten(0, 1)
+        return linear_cross_entropies(hidden, self.weight, labels.flatten(), self.tp, self.first).view(labels.shape)
 
 
 class VocabMeta(ParamMeta):

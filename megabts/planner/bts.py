@@ -51,6 +51,8 @@ def bts_parts(config: RunConfig, ep_rank: int = 0) -> Parts:
     head = Work()
     if placement.has_hub:
         head = head_work(config, trains=False, passes=HUB in needs_gradient(flows, model.num_layers))
+    if bts.output == "mixture":
+        head = head.times(len(placement.local))
     tied = vocabulary_elements(config) if model.tie_embeddings and placement.has_hub else 0
     largest = model.hidden_size**2 // config.parallel.tensor
     return Parts(embedding, tuple(layers), head, tied, largest, len(placement.local))
@@ -151,7 +153,14 @@ def _count(config: RunConfig, kind: Kind, placement: Placement) -> tuple[int, in
     bts = config.bts
     ep, exchange = placement.ep, placement.exchange
     owners = _stitch_elements(
-        kind, config.model.hidden_size, bts.members, bts.start, config.parallel.tensor, ep.size, ep.rank, exchange
+        kind,
+        config.model.hidden_size,
+        bts.members,
+        (bts.start, bts.gate, bts.projection_rank),
+        config.parallel.tensor,
+        ep.size,
+        ep.rank,
+        exchange,
     )
     trained = [count for owner, count in owners if "*" in bts.trainable or owner in bts.trainable]
     return sum(count for _, count in owners), sum(trained)
@@ -159,10 +168,19 @@ def _count(config: RunConfig, kind: Kind, placement: Placement) -> tuple[int, in
 
 @cache
 def _stitch_elements(
-    kind: Kind, size: int, members: tuple[str, ...], start: str, tp: int, ep: int, ep_rank: int, exchange: str
+    kind: Kind,
+    size: int,
+    members: tuple[str, ...],
+    form: tuple[str, str, int],
+    tp: int,
+    ep: int,
+    ep_rank: int,
+    exchange: str,
 ) -> tuple[tuple[str, int], ...]:
-    """(member, elements) of each of a real stitch's parameters on this rank."""
-    bts = BTSConfig(experts=dict.fromkeys(members[1:], ""), start=start)  # type: ignore[arg-type]
+    """(member, elements) of each of a real stitch's parameters on this rank; `form`: start, gate, projection rank."""
+    start, gate, rank = form
+    experts = dict.fromkeys(members[1:], "")
+    bts = BTSConfig(experts=experts, start=start, gate=gate, projection_rank=rank)  # type: ignore[arg-type]
     placement = Placement(members, Axis("ep", ep, ep_rank), exchange)  # type: ignore[arg-type]
     flow = gradient_flow([StitchPoint(0, kind)], bts)[0]
     stitch = Stitch(kind, size, bts, TorchBackend(torch.float32, "meta", Axis("tp", tp)), placement, flow)

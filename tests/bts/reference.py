@@ -101,19 +101,25 @@ def layer(x: list[Tensor], weights: Weights, prefix: str, config: ModelConfig) -
 def stitch(h: list[Tensor], weights: Weights, prefix: str, into_hub: bool, bts: BTSConfig) -> list[Tensor]:
     """One stitch layer on one token's states (hub, *experts), each [D]."""
     experts = list(bts.experts)
-    gates = {
-        name: weights[f"{prefix}gates.{name}.weight"] @ h[0] for name in (["hub", *experts] if into_hub else experts)
-    }
+    read = h[0] / torch.sqrt((h[0] * h[0]).mean()) if bts.gate_input == "normalised" else h[0]
+    gates = {name: weights[f"{prefix}gates.{name}.weight"] @ read for name in (["hub"] * into_hub + experts)}
+
+    def project(name: str, x: Tensor) -> Tensor:
+        if bts.projection_rank == 0:
+            return weights[f"{prefix}projections.{name}.weight"] @ x
+        down, up = (weights[f"{prefix}projections.{name}.{part}.weight"] for part in ("down", "up"))
+        return x + up @ (down @ x)
+
     if not into_hub:
         out = [h[0]]
         for name, state in zip(experts, h[1:], strict=True):
             gate = 1 / (1 + torch.exp(-gates[name]))
-            out.append((1 - gate) * state + gate * (weights[f"{prefix}projections.{name}.weight"] @ h[0]))
+            out.append((1 - gate) * state + gate * project(name, h[0]))
         return out
     if bts.start == "hub_leaning":
         gates["hub"] = gates["hub"] + weights[f"{prefix}hub_bias"]
     g = softmax(list(gates.values()))
-    projected = [weights[f"{prefix}projections.{name}.weight"] @ s for name, s in zip(experts, h[1:], strict=True)]
+    projected = [project(name, s) for name, s in zip(experts, h[1:], strict=True)]
     hub = g[0] * h[0]
     for gate, state in zip(g[1:], projected, strict=True):
         hub = hub + gate * state
@@ -143,9 +149,25 @@ def reference_logits(
                     for t in range(len(ids))
                 ]
                 states = [[column[member] for column in columns] for member in range(len(names))]
-        norm, head = weights["members.hub.final_norm.weight"], weights["members.hub.head.weight"]
-        rows.append(torch.stack([head @ rms_norm(x, norm, model.norm_eps) for x in states[0]]))
+        rows.append(torch.stack([answer([x[t] for x in states], weights, model, bts) for t in range(len(ids))]))
     return torch.stack(rows)
+
+
+def answer(h: list[Tensor], weights: Weights, model: ModelConfig, bts: BTSConfig) -> Tensor:
+    """Logits [V] of one token's last states: the hub's, or the logarithm of the members' mixed probabilities."""
+    names = ["hub", *(bts.experts if bts.output == "mixture" else ())]
+    normed = [
+        rms_norm(x, weights[f"members.{name}.final_norm.weight"], model.norm_eps)
+        for name, x in zip(names, h, strict=False)
+    ]
+    if bts.output == "hub":
+        return weights["members.hub.head.weight"] @ normed[0]
+    gates = softmax([weights[f"output.gates.{name}.weight"][0] @ normed[0] for name in names])
+    mixed = torch.zeros(model.vocab_size, dtype=h[0].dtype)
+    for name, gate, state in zip(names, gates, normed, strict=True):
+        powers = torch.exp(weights[f"members.{name}.head.weight"] @ state)
+        mixed = mixed + gate * powers / powers.sum()
+    return torch.log(mixed)
 
 
 def reference_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

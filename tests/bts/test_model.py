@@ -35,6 +35,14 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, bool]]]] = {
     "n = 1": ({"experts": 1, "num_stitch_layers": 3}, [(1, EIH), (2, HIE), (5, EIH)]),
     "n = 3": ({"experts": 3, "num_stitch_layers": 2}, [(2, HIE), (5, EIH)]),
     "hub leaning": ({"num_stitch_layers": 3, "start": "hub_leaning"}, [(1, EIH), (2, HIE), (5, EIH)]),
+    "mixture": ({"num_stitch_layers": 3, "output": "mixture"}, [(1, EIH), (2, HIE), (5, EIH)]),
+    "mixture, unchanged": (
+        {"num_stitch_layers": 2, "output": "mixture", "expert_stream": "unchanged"},
+        [(2, HIE), (5, EIH)],
+    ),
+    "token gates": ({"num_stitch_layers": 3, "gate": "token"}, [(1, EIH), (2, HIE), (5, EIH)]),
+    "normalised gate input": ({"num_stitch_layers": 2, "gate_input": "normalised"}, [(2, HIE), (5, EIH)]),
+    "low rank": ({"num_stitch_layers": 3, "projection_rank": 3}, [(1, EIH), (2, HIE), (5, EIH)]),
     "hub preserving": ({"num_stitch_layers": 3, "start": "hub_preserving"}, [(1, EIH), (2, HIE), (5, EIH)]),
 }
 
@@ -56,7 +64,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(logits, loss, stitch gradients) of the loops, in float64."""
     exact = {name: w.detach().double() for name, w in weights.items()}
-    stitches = {name: w.requires_grad_() for name, w in exact.items() if name.startswith("stitches.")}
+    stitches = {name: w.requires_grad_() for name, w in exact.items() if not name.startswith("members.")}
     logits = reference_logits(model.config, model.bts, exact, TOKENS, plan)
     loss = reference_loss(logits, LABELS, MASK)
     gradients = torch.autograd.grad(loss, list(stitches.values()))
@@ -69,7 +77,7 @@ def test_against_loops(case: str) -> None:
     model = random_model(config_of(**settings))
     logits, loss, gradients = reference(model, plan, dict(model.named_parameters()))
     hidden = run(model, TOKENS)
-    assert hidden.shape == (1, 6, 2, 16)
+    assert hidden.shape == (model.num_members if model.mixes else 1, 6, 2, 16)
     assert relative_error(model.logits(hidden), logits) < 2e-5
     ours = model.loss(hidden, LABELS, MASK)
     assert abs(ours.item() / loss.item() - 1) < 2e-5

@@ -80,7 +80,7 @@ TOPOLOGIES = {
 }
 MODELS = (
     *("dense", "dense one kv head", "dense tied", "dense documents"),
-    *("bts", "bts one kv head", "bts reduce", "bts dropout", "bts documents"),
+    *("bts", "bts one kv head", "bts reduce", "bts dropout", "bts documents", "bts forms", "bts forms mixture"),
 )
 
 
@@ -114,6 +114,10 @@ def command_line(folder: Path, run_dir: Path, model: str, parallel: dict[str, An
             "parallel.exchange": "reduce" if "reduce" in model else "gather",
             "bts.num_stitch_layers": 4,
         }
+    if "forms" in model:
+        settings |= {"bts.gate": "token", "bts.gate_input": "normalised", "bts.projection_rank": 3}
+    if "mixture" in model:
+        settings |= {"bts.output": "mixture", "bts.gate_dropout": 0.2}
     settings |= {
         "data.tokenizer": "null:97",
         "data.seq_length": 16,
