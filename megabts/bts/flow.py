@@ -23,7 +23,7 @@ class StitchFlow:
     before: frozenset[str]
     """Members whose states need a gradient where they enter the stitch."""
     after: frozenset[str]
-    """Likewise where they leave it. After the last stitch there is the hub alone, unless all members' heads are read."""
+    """Likewise where they leave it. After the last stitch there is the hub alone, unless the output mixes all."""
 
 
 def gradient_flow(plan: Sequence[StitchPoint], bts: BTSConfig) -> list[StitchFlow]:

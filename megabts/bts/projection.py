@@ -20,7 +20,7 @@ def make_projection(hidden_size: int, config: BTSConfig, backend: Backend) -> nn
 
 
 def make_gate(hidden_size: int, config: BTSConfig, backend: Backend) -> nn.Module:
-    """Hidden states [s, b, D] that have entered -> gate logits [s, b, D / tp], or [s, b, 1] alike on all ranks of tp."""
+    """Hidden states [s, b, D] that have entered -> gate logits [s, b, D / tp], or [s, b, 1] on each rank."""
     if config.gate == "token":
         return Replicated(ParamMeta((1, hidden_size), summed=True), backend)
     return backend.column_linear(ParamMeta((hidden_size, hidden_size), dim=0), entered=True)
