@@ -1,7 +1,8 @@
-"""A MoE model's weights from dense members', one tensor at a time: Branch-Train-MiX and sparse upcycling.
+"""A MoE model's weights from dense members', one tensor at a time: Branch-Train-MiX, BAM and sparse upcycling.
 
-Feed-forwards become ffn experts; routers are new; everything else is the members' average, in fp32. With one member
-(sparse upcycling, arXiv 2212.05055) every ffn expert is its copy.
+Feed-forwards become ffn experts, and in BAM (arXiv 2408.08274) attentions attention experts; routers and adapters are
+new; everything else is the members' average, in fp32. With one member (sparse upcycling, arXiv 2212.05055) every expert
+is its copy.
 
 Each feed-forward may be cut into C chunks of its inner width (`split`): it is the sum of its chunks, so `down` of every
 ffn expert is multiplied by C. Then ffn experts that all have equal weights, which sum to 1, add up to the average of
@@ -9,6 +10,7 @@ the members' feed-forwards, whatever C is: scales of later layers stay as they w
 members x C pieces, and the n-th pieces of all members, side by side, are the n-th ffn expert.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -24,19 +26,33 @@ from megabts.errors import UsageError
 from megabts.merge.soup import average
 from megabts.parallel.sharding import ParamMeta
 
-ROUTER = ".mlp.router.weight"
+NEW = (".router.weight", ".adapters.weight")
+"""What the members have not."""
+ATTENTION_EXPERT = re.compile(r"(?<=\.attention\.)experts\.(\d+)\.")
+"""What, in a name, makes a member's attention the n-th attention expert."""
 FFN = {".mlp.experts.gate_up": ".mlp.gate_up.weight", ".mlp.experts.down": ".mlp.down.weight"}
 """What a MoE model's stacked matrices are called in a dense one."""
 
 
 def dense_name(name: str) -> str:
-    """The members' parameter that a MoE model's is made of; "" for routers, which are new."""
-    if name.endswith(ROUTER):
+    """The members' parameter that a MoE model's is made of; "" for routers and adapters, which are new."""
+    if name.endswith(NEW):
         return ""
     for stacked, single in FFN.items():
         if name.endswith(stacked):
             return name.removesuffix(stacked) + single
-    return name
+    return ATTENTION_EXPERT.sub("", name)
+
+
+def origins(name: str, num_members: int) -> Sequence[int]:
+    """Which of the members that are read a parameter is made of: all, or the one whose attention expert it is of."""
+    found = ATTENTION_EXPERT.search(name)
+    return range(num_members) if found is None else (int(found[1]) if num_members > 1 else 0,)
+
+
+def wanted(names: Iterable[str], member: int, num_members: int) -> list[str]:
+    """What one of the members that are read is asked for, in order, to make the parameters `names`."""
+    return [source for name in names if (source := dense_name(name)) and member in origins(name, num_members)]
 
 
 def upcycle(
@@ -47,8 +63,8 @@ def upcycle(
 ) -> Iterator[tuple[str, Tensor]]:
     """All parameters of the MoE model with `metas`, in that order and in the first member's type.
 
-    `members`: each one's (name, tensor) in the order of `dense_name` over `metas`, routers left out; as many as
-    `moe.members`, or one, whose feed-forwards are copied. `seed`: of the routers' start.
+    `members`: each one's (name, tensor) in the order of `wanted`; as many as `moe.members`, or one, which is copied.
+    `seed`: of the routers' start.
     """
     streams = [iter(member) for member in members]
     dtype = torch.float32
@@ -57,7 +73,7 @@ def upcycle(
         if not source:
             yield name, meta.initial(name, seed).to(dtype)
             continue
-        found = [next(stream) for stream in streams]
+        found = [next(streams[member]) for member in origins(name, len(streams))]
         assert {key for key, _ in found} == {source}, f"the members' tensors come in another order: {source}"
         dtype = found[0][1].dtype
         yield name, _combine(name, [tensor for _, tensor in found], moe)
@@ -125,14 +141,15 @@ def write_upcycled(
 
     `watch(done, total)` is told of every tensor. Raises CheckpointError, as `write_streaming`.
     """
-    order = [dense_name(name) for name in metas if dense_name(name)]
+    orders = [wanted(metas, member, len(sources)) for member in range(len(sources))]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        made = upcycle(metas, moe, [source.weights(order) for source in sources], seed)
+        streams = [source.weights(order) for source, order in zip(sources, orders, strict=True)]
+        made = upcycle(metas, moe, streams, seed)
         for number in range(1, len(metas) + 1):
             yield next(made)
             watch(number, len(metas))
 
-    value_bytes = next(sources[0].weights(order))[1].element_size()
+    value_bytes = next(sources[0].weights(orders[0]))[1].element_size()
     num_bytes = sum(prod(meta.shape) for meta in metas.values()) * value_bytes
     write_streaming(out, list(metas), tensors(), num_bytes, blobs, state)

@@ -106,6 +106,10 @@ def check_plannable(config: RunConfig, pinned: frozenset[str], method: str) -> N
     """Raises UsageError for a run that cannot be planned, whatever the cluster."""
     value_bytes(config)
     if config.method == "moe":
+        if config.moe.attention_experts:
+            raise UsageError(
+                "moe.attention_experts (BAM) are not planned; try the layout of a bts run of the same members"
+            )
         raise UsageError("method moe is planned as a bts run of the same members: method bts, with --as btx-...")
     if method not in METHODS:
         raise UsageError(f"--as {method} is unknown; use one of {', '.join(ESTIMATES)}")
