@@ -32,20 +32,21 @@ def moe_model(
     part: Part | None = None,
     dtype: torch.dtype = torch.float64,
     recompute: Any = "none",
+    sizes: dict[str, Any] = SIZES,
     **settings: Any,
 ) -> MoEModel:
-    """A MoE model of SIZES with random weights, the same numbers at every topology."""
+    """A MoE model of `sizes` with random weights, the same numbers at every topology."""
     mesh = mesh or ParallelMesh()
     moe = MoEConfig(**{"members": MEMBERS, **settings})
     backend = TorchBackend(dtype, "cpu", mesh.tp, sequence)
-    model = MoEModel(ModelConfig(**SIZES), moe, backend, part=part, recompute=recompute)
+    model = MoEModel(ModelConfig(**sizes), moe, backend, part=part, recompute=recompute)
     initialise(model.own_parameters(), 1, mesh)
     return model
 
 
-def dense_model(dtype: torch.dtype = torch.float64) -> Decoder:
+def dense_model(dtype: torch.dtype = torch.float64, sizes: dict[str, Any] = SIZES) -> Decoder:
     """A dense decoder of the same sizes."""
-    model = Decoder(ModelConfig(**SIZES), TorchBackend(dtype, "cpu", ParallelMesh().tp))
+    model = Decoder(ModelConfig(**sizes), TorchBackend(dtype, "cpu", ParallelMesh().tp))
     initialise(model.own_parameters(), 2, ParallelMesh())
     return model
 
