@@ -39,12 +39,15 @@ SIZES: dict[str, Any] = {
     "tie_embeddings": True,
     "init_std": 0.1,
 }
-MODELS: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, dict[str, Any]] = {
     "bam": {},
     "bam topk": {"moe.routing": "topk", "train.recompute": "full"},
     "adapters": {},
     "adapters topk": {"moe.routing": "topk", "train.recompute": "selective"},
 }
+TE = {"bam te": "bam", "adapters te": "adapters"}
+"""With Transformer Engine's stand-in for the layers, compared with plain ones on one rank."""
+MODELS = PLAIN | {name: {"precision.layers": "te"} for name in TE}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel.tensor": 2},
     "tp2+sp": {"parallel.tensor": 2, "parallel.sequence": True},
@@ -53,6 +56,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 CASES = [(layout, model) for layout in LAYOUTS for model in ("bam", "adapters")]
 CASES += [("tp2+sp", "bam topk"), ("tp2", "adapters topk"), ("pp2", "adapters topk")]
+CASES += [("tp2+sp", name) for name in TE]
 
 
 def command(folder: Path, run_dir: Path, model: str, layout: dict[str, Any]) -> list[str]:
@@ -85,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, adapters in (("bam", False), ("adapters", True)):
         moe = MoEConfig(members, routing="soft", attention_experts=True, adapters=adapters)
         assemble.upcycle(RunConfig(moe=moe), folder / name)
-    for model in MODELS:
+    for model in PLAIN:
         assert train(command(folder, folder / "one" / model, model, {})) == 0
     jobs = [
         Job(command(folder, folder / layout / model, model, LAYOUTS[layout]), folder / layout / model)
@@ -97,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout, model", CASES)
 def test_layouts_equal_one_rank(folder: Path, layout: str, model: str) -> None:
-    one, other = Result(folder / "one" / model), Result(folder / layout / model)
+    one, other = Result(folder / "one" / TE.get(model, model)), Result(folder / layout / model)
     assert torch.allclose(other.logged("loss"), one.logged("loss"), rtol=1e-9)
     assert torch.allclose(other.logged("grad_norm"), one.logged("grad_norm"), rtol=1e-9)
     assert max(differences(other.gradients(), one.gradients()).values()) < 1e-5
@@ -106,7 +110,7 @@ def test_layouts_equal_one_rank(folder: Path, layout: str, model: str) -> None:
 
 
 def test_losses_fall_and_what_is_frozen_stays(folder: Path) -> None:
-    for model in MODELS:
+    for model in PLAIN:
         run = Result(folder / "one" / model)
         first, last = (run.tensors(step, MODEL_FILE) for step in (1, STEPS))
         moved = {name for name, tensor in first.items() if not torch.equal(tensor, last[name])}
@@ -132,6 +136,6 @@ def test_the_trainer_counts_flops(folder: Path, tmp_path: Path) -> None:
 def test_generation_of_trained_models(folder: Path) -> None:
     settings = GenerationSettings(max_new_tokens=6, temperature=0.8)
     prompts = [[5, 6, 7], [1, 2, 3, 4, 5, 6], [9]]
-    for model in MODELS:
+    for model in PLAIN:
         loaded = load_model(folder / "one" / model, ParallelMesh(), None, "cpu").model
         assert generate(loaded, prompts, settings) == generate_uncached(loaded, prompts, settings)
