@@ -108,7 +108,14 @@ def _bts(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> BTSModel:
 
 
 def _moe(config: RunConfig, mesh: ParallelMesh, backend: Backend) -> MoEModel:
-    return MoEModel(config.model, config.moe, backend, part=_part(config, mesh), recompute=config.train.recompute)
+    return MoEModel(
+        config.model,
+        config.moe,
+        backend,
+        part=_part(config, mesh),
+        recompute=config.train.recompute,
+        experts=mesh.experts,
+    )
 
 
 BUILDERS: dict[str, Callable[[RunConfig, ParallelMesh, Backend], Built]] = {

@@ -77,12 +77,20 @@ class Piece:
 
 
 def region_of(meta: ParamMeta, axis: Axis, flat: Range | None = None) -> Region:
-    """What a rank of `axis` holds of a parameter, or of that the elements `flat` of the flattened local tensor."""
+    """What a rank of `axis` holds of a parameter, or of that the elements `flat` of the flattened local tensor.
+
+    Of a parameter whose first dimension is divided too (`held`) it holds an interval of what a rank that holds all of
+    that dimension would.
+    """
     ranges = joined(meta.slices(axis)) if meta.dim is not None else []
     if meta.dim is None or ranges == [(0, meta.shape[meta.dim])]:
         region = WHOLE
     else:
         region = Region(meta.dim, tuple(ranges))
+    if meta.held:
+        row = prod(region.local_shape(meta.shape)[1:])
+        begin, end = meta.held[0] * row, meta.held[1] * row
+        flat = (begin + flat[0], begin + flat[1]) if flat else (begin, end)
     if flat is None or flat == region.interval(meta.shape):
         return region
     return Region(region.dim, region.ranges, flat)

@@ -68,8 +68,13 @@ def domain_losses(
             vocab_size=model.vocab_size,
         )
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for start in range(dp.rank * micro_batch, len(windows), micro_batch * dp.size):
-            batch = loader.read(start, min(micro_batch, len(windows) - start))
+        for first in range(0, len(windows), micro_batch * dp.size):
+            start = first + dp.rank * micro_batch
+            if start < len(windows):
+                batch = loader.read(start, min(micro_batch, len(windows) - start))
+            else:  # nothing is left for this rank, but others may send tokens to its ffn experts
+                batch = loader.read(0, 1)
+                batch.loss_mask[:] = 0
             total[0] += loss(batch).double()
             total[1] += float(batch.loss_mask.sum())
         loss_sum, tokens = all_reduce(total, dp).tolist()

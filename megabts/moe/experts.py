@@ -1,10 +1,6 @@
-"""A layer's ffn experts: N SwiGLU feed-forwards in two stacked matrices, and tokens dealt among them, none dropped.
+"""A layer's ffn experts: SwiGLU feed-forwards in two stacked matrices, and tokens dealt among them, none dropped."""
 
-Tokens are sorted by ffn expert, so each works on one block of rows. Sorting is a permutation; its backward is the
-reverse one, not a sum over scattered rows, so that equal inputs give equal bits on any device.
-"""
-
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +10,20 @@ from torch.utils.checkpoint import checkpoint
 from megabts.model.backend import Backend, Recompute
 from megabts.model.torch_backend import swiglu
 from megabts.moe.adapters import Adapters
+from megabts.moe.dispatch import Broadcast, Dispatch, held_by
 from megabts.moe.router import Routes
+from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
+
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+"""Products of blocks of rows with a matrix each, in one kernel; public since torch 2.10."""
 
 
 class FFNExperts(nn.Module):
     """down_i(silu(gate_i x) * up_i x) for N ffn experts i of width F.
 
-    Parameters `gate_up` [N, 2 F, D], gate before up, and `down` [N, D, F], both split along F over tp. `adapters`: of
-    the ffn experts' outputs, before they are weighted.
+    Parameters `gate_up` [N, 2 F, D], gate before up, and `down` [N, D, F], both split along F over tp and along N over
+    the axis `experts`, whose size divides N. `adapters`: of the outputs, before they are weighted.
     """
 
     def __init__(
@@ -33,16 +34,18 @@ class FFNExperts(nn.Module):
         stds: tuple[float, float],
         backend: Backend,
         recompute: Recompute,
+        experts: Axis,
         *,
         adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         n, d, f = num_ffn_experts, hidden_size, width
-        self.recompute = recompute
+        self.num_ffn_experts, self.recompute, self.axis = n, recompute, experts
         self.adapters = adapters
+        held = held_by(experts, n)
         self.metas = {
-            "gate_up": ParamMeta((n, 2 * f, d), "normal", stds[0], dim=1, parts=(f, f)),
-            "down": ParamMeta((n, d, f), "normal", stds[1], dim=2),
+            "gate_up": ParamMeta((n, 2 * f, d), "normal", stds[0], dim=1, parts=(f, f), held=held),
+            "down": ParamMeta((n, d, f), "normal", stds[1], dim=2, held=held),
         }
         self.gate_up, self.down = (
             nn.Parameter(torch.empty(meta.local_shape(backend.tp), dtype=backend.dtype, device=backend.device))
@@ -52,53 +55,47 @@ class FFNExperts(nn.Module):
     def forward(self, hidden: Tensor, routes: Routes) -> Tensor:
         """Tokens [T, D] -> the weighted sums of their ffn experts' outputs, [T, D]: over tp, partial sums."""
         weights = routes.weights.to(hidden.dtype)
-        experts = list(zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True))
         if routes.everywhere:
-            outputs = self._adapt([self._run(hidden, *expert) for expert in experts])
-            return (weights.unsqueeze(1) @ torch.stack(outputs, 1)).squeeze(1)
-        num_tokens, k = routes.chosen.shape
-        order = routes.chosen.flatten().argsort(stable=True)  # of the T k choices, token after token
-        back = order.argsort()
-        counts = routes.chosen.flatten().bincount(minlength=len(experts)).tolist()
-        blocks = _Deal.apply(hidden, order, back, k).split(counts)
-        sorted_outputs = self._adapt([self._run(rows, *expert) for rows, expert in zip(blocks, experts, strict=True)])
-        outputs = _Permute.apply(torch.cat(sorted_outputs), back, order).view(num_tokens, k, -1)
+            return self._all(hidden, weights)
+        dispatch = Dispatch(routes.chosen, self.num_ffn_experts, self.axis)
+        rows = dispatch.out(hidden)
+        if self._groups(rows):
+            outputs = self._run_grouped(rows, dispatch.counts)
+        else:
+            outputs = torch.cat(self._run_each(rows.split(dispatch.counts.tolist())))
+        outputs = dispatch.home(outputs)
         return (weights.unsqueeze(1) @ outputs).squeeze(1)
 
-    def _adapt(self, outputs: list[Tensor]) -> list[Tensor]:
+    def _all(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """Every token through every ffn expert; `weights` [T, N]."""
+        everywhere = Broadcast(len(hidden), hidden.device, self.axis)
+        rows = everywhere.out(hidden.unsqueeze(0))
+        shares = everywhere.out(weights.unflatten(1, (self.axis.size, -1)).transpose(0, 1))
+        outputs = self._run_each([rows] * len(self.down))
+        return everywhere.home((shares.unsqueeze(1) @ torch.stack(outputs, 1)).squeeze(1))
+
+    def _groups(self, rows: Tensor) -> bool:
+        """Whether the grouped product is for these: bfloat16 in rows of a multiple of 16 bytes, on a GPU. On CPU, where
+        it works too, it is no faster."""
+        aligned = rows.shape[1] % 8 == 0 and self.down.shape[2] % 8 == 0
+        usable = rows.is_cuda and rows.dtype == torch.bfloat16 and aligned
+        return usable and len(rows) > 0 and self.adapters is None
+
+    def _run_grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Each ffn expert on its block of `rows`, all in two kernels; nothing waits for the device."""
+        ends = counts.cumsum(0, dtype=torch.int32)
+        wide = self._activate(grouped_mm(rows, self.gate_up.transpose(1, 2), offs=ends))
+        out: Tensor = grouped_mm(wide, self.down.transpose(1, 2), offs=ends)
+        return out
+
+    def _run_each(self, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Each ffn expert on its block of rows, one after another."""
+        matrices = zip(blocks, self.gate_up.unbind(0), self.down.unbind(0), strict=True)
+        outputs = [F.linear(self._activate(F.linear(rows, gate_up)), down) for rows, gate_up, down in matrices]
         return outputs if self.adapters is None else self.adapters(outputs)
 
-    def _run(self, rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        wide = F.linear(rows, gate_up)
+    def _activate(self, wide: Tensor) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            return F.linear(checkpoint(swiglu, wide, use_reentrant=False), down)
-        return F.linear(swiglu(wide), down)
-
-
-class _Deal(torch.autograd.Function):
-    """Row i of the result is the token that choice order[i] belongs to: [T, D] -> [T k, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.k = k
-        return x[order // k]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (back,) = ctx.saved_tensors
-        return grad[back].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """x[order], where order[back] counts up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (back,) = ctx.saved_tensors
-        return grad[back], None, None
+            out: Tensor = checkpoint(swiglu, wide, use_reentrant=False)
+            return out
+        return swiglu(wide)

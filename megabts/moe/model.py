@@ -21,6 +21,7 @@ from megabts.moe.attention import RoutedAttention
 from megabts.moe.experts import FFNExperts
 from megabts.moe.router import Router, Routes, balance_loss, route, with_loss
 from megabts.parallel.collectives import enter, leave
+from megabts.parallel.mesh import Axis
 from megabts.parallel.tensor import freeze
 
 RouteObserver = Callable[[int, Routes], None]
@@ -29,16 +30,18 @@ RouteObserver = Callable[[int, Routes], None]
 class RoutedFeedForward(nn.Module):
     """A router and N ffn experts; outputs are weighted sums. All tokens are routed alike on every tp rank."""
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, backend: Backend, recompute: Recompute) -> None:
+    def __init__(
+        self, config: ModelConfig, moe: MoEConfig, backend: Backend, recompute: Recompute, experts: Axis
+    ) -> None:
         super().__init__()
         self.moe = moe
         self.tp, self.sequence = backend.tp, backend.sequence
         n, d = moe.num_ffn_experts, config.hidden_size
         stds = (config.init_std, config.init_std / (2 * config.num_layers) ** 0.5)
         self.router = Router(n, d, config.init_std, backend)
-        adapters = Adapters(n, d, backend) if moe.adapters else None
+        adapters = Adapters(n, d, backend, experts) if moe.adapters else None
         width = moe.ffn_width(config.ffn_size)
-        self.experts = FFNExperts(n, d, width, stds, backend, recompute, adapters=adapters)
+        self.experts = FFNExperts(n, d, width, stds, backend, recompute, experts, adapters=adapters)
         if moe.freeze_ffn_experts:
             freeze(self.experts.parameters())
         self.observers: list[RouteObserver] = []
@@ -62,7 +65,7 @@ class RoutedFeedForward(nn.Module):
 class MoEModel(Decoder):
     """A decoder with a `RoutedFeedForward` in every layer, with `moe.attention_experts` a `RoutedAttention` too.
 
-    All its weights are its checkpoint's.
+    All its weights are its checkpoint's. A rank of the mesh axis `experts` holds its share of the ffn experts.
     """
 
     def __init__(
@@ -73,9 +76,10 @@ class MoEModel(Decoder):
         *,
         part: Part | None = None,
         recompute: Recompute = "none",
+        experts: Axis | None = None,
     ) -> None:
         def after_norm(
-            kind: type[RoutedFeedForward] | type[RoutedAttention],
+            kind: Callable[[ModelConfig, MoEConfig, Backend, Recompute], nn.Module],
             model: ModelConfig,
             library: Backend,
             again: Recompute,
@@ -88,7 +92,7 @@ class MoEModel(Decoder):
             backend,
             part=part,
             recompute=recompute,
-            make_routed=partial(after_norm, RoutedFeedForward),
+            make_routed=partial(after_norm, partial(RoutedFeedForward, experts=experts or Axis("experts"))),
             make_attention=partial(after_norm, RoutedAttention) if moe.attention_experts else None,
         )
         self.moe = moe

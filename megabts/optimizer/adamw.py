@@ -103,11 +103,10 @@ class MasterAdamW:
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
         """Write the parameters, whole, from the masters of all dp ranks. A copy of one bucket exists at a time."""
-        dp = self.gradients.mesh.dp
         for bucket, shard in zip(self.gradients.buckets, self._by_bucket(self.master), strict=True):
             parameters: list[Tensor] = [slot.parameter for slot in bucket.slots]
             dtype = reduce(torch.promote_types, [parameter.dtype for parameter in parameters])
-            whole = shard if dp.size == 1 else all_gather(shard.to(dtype), dp, 0)
+            whole = shard if bucket.axis.size == 1 else all_gather(shard.to(dtype), bucket.axis, 0)
             torch._foreach_copy_(parameters, split_like(whole, parameters))
 
     @torch.no_grad()

@@ -8,9 +8,10 @@
     gather           all-gather along dim             own slice               what every rank then uses alike
     split            own slice along dim              all-gather
     exchange         all-to-all: another dim split    all-to-all back
+    send_rows        all-to-all of as many as told    all-to-all back
 
-A rank's share of a dimension is an equal one. The functions of the lower half (`all_reduce`, `all_gather`, ...) are the
-plain versions, outside autograd. At axis size 1 each returns its input.
+A rank's share of a dimension is an equal one, but for the rows of `send_rows`. The functions of the lower half
+(`all_reduce`, `all_gather`, ...) are the plain versions, outside autograd. At axis size 1 each returns its input.
 
 `enter` and `leave` bound a tensor-parallel region: whole sequences outside, or slices of them (`sequence`).
 """
@@ -66,6 +67,12 @@ def exchange(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     return x if axis.size == 1 else _Exchange.apply(x, axis, split_dim, join_dim)
 
 
+def send_rows(x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+    """The first `sent[0]` rows of `x` go to rank 0 of `axis`, the next `sent[1]` to rank 1, and so on; returned are the
+    rows that come here, `received[r]` of them from rank r, in the order of the ranks."""
+    return x if axis.size == 1 else _SendRows.apply(x, sent, received, axis)
+
+
 def enter(x: Tensor, tp: Axis, sequence: bool) -> Tensor:
     """Into a tensor-parallel region: hidden [s, b, D], or [s / tp, b, D] where `sequence`, -> [s, b, D]."""
     return gather_sum(x, tp, SEQUENCE) if sequence else copy(x, tp)
@@ -109,6 +116,11 @@ def all_gather(x: Tensor, axis: Axis, dim: int, sizes: list[int] | None = None) 
     return torch.cat([part[:size] for part, size in zip(out, sizes, strict=True)]).movedim(0, dim)
 
 
+def all_to_all(x: Tensor, axis: Axis) -> Tensor:
+    """`x[r]` goes to rank r of `axis`; returned is what comes here, in the same shape, by rank."""
+    return _all_to_all_rows(x, [1] * axis.size, [1] * axis.size, axis) if axis.size > 1 else x
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` on every rank; also a barrier."""
     if not dist.is_initialized():
@@ -145,6 +157,12 @@ def _all_to_all(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=axis.group)
     return torch.cat(received.unbind(0), join_dim)
+
+
+def _all_to_all_rows(x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
+    return out
 
 
 class _Copy(torch.autograd.Function):
@@ -222,3 +240,14 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         split_dim, join_dim = ctx.dims
         return _all_to_all(grad, ctx.axis, join_dim, split_dim), None, None, None
+
+
+class _SendRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+        ctx.sent, ctx.received, ctx.axis = sent, received, axis
+        return _all_to_all_rows(x, sent, received, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return _all_to_all_rows(grad, ctx.received, ctx.sent, ctx.axis), None, None, None

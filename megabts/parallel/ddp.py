@@ -18,6 +18,9 @@ sequence parallelism; key and value heads held by several ranks). After backward
 all-reduce, then reduced over dp like the rest. Tied embeddings have a bucket of their own too: the first and the last
 pipeline stage exchange their shards of it, after dp, and add.
 
+ffn experts that ranks divide among them (`ParamMeta.held`) have buckets of their own, which are reduced over the ranks
+that hold the same ones: each has the gradient of all tokens that came to it, from whatever rank.
+
 With one dp rank there is no padding, no copy and no message: shards are the buckets.
 """
 
@@ -68,6 +71,8 @@ class Bucket:
     flat: Tensor
     shard: Tensor
     """This rank's share of `flat`."""
+    axis: Axis
+    """The ranks that each have a share."""
 
 
 class GradientBuffer:
@@ -97,7 +102,11 @@ class GradientBuffer:
         late = {name for name, _, meta in order if _partial_rows(meta, mesh.tp)}
         tied = tied if mesh.pp.size > 1 else ()
         assert late.isdisjoint(tied)
-        early = _pack([item for item in order if item[0] not in late and item[0] not in tied], bucket_elements)
+        soon = [item for item in order if item[0] not in late and item[0] not in tied]
+        early = _pack([item for item in soon if not item[2].held], bucket_elements)
+        early += _pack([item for item in soon if item[2].held], bucket_elements)
+        place = {name: number for number, (name, _, _) in enumerate(soon)}
+        early.sort(key=lambda pack: place[pack[-1][0]])  # as they will be complete
         both = _pack([item for item in order if item[0] in tied], bucket_elements)
         rest = _pack([item for item in order if item[0] in late], bucket_elements)
         self._num_early = len(early) + len(both)
@@ -153,17 +162,19 @@ class GradientBuffer:
 
     def _allot(self, packs: list[list[Named]], tied: Sequence[str]) -> None:
         """Set flat, buckets and slots."""
-        dp = self.mesh.dp
         dtypes = {parameter.dtype for pack in packs for _, parameter, _ in pack}
-        lengths = [_padded(sum(p.numel() for _, p, _ in pack), dp.size) for pack in packs]
+        axes = [pack[0][2].reduced_over(self.mesh) for pack in packs]
+        lengths = [
+            _padded(sum(p.numel() for _, p, _ in pack), axis.size) for pack, axis in zip(packs, axes, strict=True)
+        ]
         exact = torch.float64 if torch.float64 in dtypes else torch.float32
         self.flat = torch.zeros(sum(lengths), dtype=exact, device=self.device)
         self.buckets: list[Bucket] = []
         counted: list[Range] = []
         offset = begin = 0
-        for pack, length in zip(packs, lengths, strict=True):
-            flat, own = self.flat[begin : begin + length], length // dp.size
-            mine, slots, start = (dp.rank * own, (dp.rank + 1) * own), [], 0
+        for pack, length, axis in zip(packs, lengths, axes, strict=True):
+            flat, own = self.flat[begin : begin + length], length // axis.size
+            mine, slots, start = (axis.rank * own, (axis.rank + 1) * own), [], 0
             for name, parameter, meta in pack:
                 end = start + parameter.numel()
                 first, last = overlap((start, end), mine)
@@ -173,7 +184,7 @@ class GradientBuffer:
                 slots.append(Slot(name, parameter, meta, begin + start, grad, covered, offset + first - mine[0], once))
                 counted += [(begin + start + a, begin + start + b) for a, b in once]
                 start = end
-            self.buckets.append(Bucket(tuple(slots), flat, flat[slice(*mine)]))
+            self.buckets.append(Bucket(tuple(slots), flat, flat[slice(*mine)], axis))
             offset, begin = offset + own, begin + length
         self.shard_size = offset
         self.slots = [slot for bucket in self.buckets for slot in bucket.slots]
@@ -203,11 +214,11 @@ class GradientBuffer:
 
     def _launch_until(self, end: int) -> None:
         """Start the reduction of the buckets before `end` that have not started."""
-        dp = self.mesh.dp
-        for bucket in self.buckets[self._launched : end] if dp.size > 1 else ():
-            work = reduce_scatter_single(bucket.shard, bucket.flat, group=dp.group, async_op=True)
-            assert work is not None
-            self._works.append(work)
+        for bucket in self.buckets[self._launched : end]:
+            if bucket.axis.size > 1:
+                work = reduce_scatter_single(bucket.shard, bucket.flat, group=bucket.axis.group, async_op=True)
+                assert work is not None
+                self._works.append(work)
         self._launched = max(self._launched, end)
 
     def _sum_partial(self) -> None:

@@ -11,7 +11,8 @@ from megabts.parallel.mesh import degrees
 
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Raise UsageError when the run's sizes do not divide as its parallel degrees ask on `world_size` ranks."""
-    _, dp, _, _ = degrees(config.parallel, world_size)
+    _, dp, ep, _ = degrees(config.parallel, world_size)
+    dp *= ep if config.method == "moe" else 1  # whose ep ranks take different samples
     _check_side_by_side(config)
     _check_tensor(config)
     _check_fp8(config)
@@ -108,7 +109,13 @@ def _check_expert(config: RunConfig) -> None:
     if config.method == "dense":
         raise UsageError(f"parallel.expert is {ep}, but a dense model has no experts; leave it at 1")
     if config.method == "moe":
-        raise UsageError(f"parallel.expert is {ep}, but method moe has all ffn experts on every rank; leave it at 1")
+        count = config.moe.num_ffn_experts
+        if count % ep:
+            fitting = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+            raise UsageError(
+                f"{count} ffn experts do not divide among parallel.expert {ep} ranks; parallel.expert may be {fitting}"
+            )
+        return
     members = config.bts.members
     if ep > len(members):
         raise UsageError(

@@ -7,11 +7,15 @@ Ranks are laid out as a (pp, dp, ep, tp) grid with tp fastest, so tensor-paralle
 - dp  data parallel: replicas on different samples.
 - pp  pipeline parallel: stages of consecutive layers.
 
+A MoE model sees the grid as `ParallelMesh.routed` shows it: its ep ranks take different samples, so they are places on
+dp, which is (dp, ep) together there; `experts` and `replicas` are the two parts that dp is made of.
+
 An `Axis` is one rank's view of one axis: its size, this rank's place on it and the process group of the ranks that
 differ only there. At degree 1 the group is None and collectives return early: it is the same code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from math import prod
 
 import torch
@@ -38,12 +42,24 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """This rank's four axes."""
+    """This rank's four axes, and for a MoE model the parts of dp."""
 
     pp: Axis = Axis("pp")
     dp: Axis = Axis("dp")
     ep: Axis = Axis("ep")
     tp: Axis = Axis("tp")
+    data: Axis = Axis("dp")
+    """dp and ep as one axis, ep faster."""
+    experts: Axis = Axis("experts")
+    """Ranks of dp that divide a layer's ffn experts among them, and send each other tokens."""
+    replicas: Axis = Axis("replicas")
+    """Ranks of dp that hold the same ffn experts."""
+
+    @property
+    def routed(self) -> "ParallelMesh":
+        """The same grid for a MoE model: (pp, dp x ep, 1, tp), with ep as `experts` and dp as `replicas`."""
+        parts = {"experts": replace(self.ep, name="experts"), "replicas": replace(self.dp, name="replicas")}
+        return replace(self, dp=self.data, ep=Axis("ep"), **parts)
 
     @property
     def world_size(self) -> int:
@@ -91,11 +107,21 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMe
     """
     sizes = degrees(config, world_size)
     grid = torch.arange(world_size).view(sizes)
-    axes = {}
-    for dim, name in enumerate(AXES):
-        lines = grid.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
-        for line in lines:
-            group = dist.new_group(line, timeout=collective_timeout(config.timeout)) if sizes[dim] > 1 else None
-            if rank in line:
-                axes[name] = Axis(name, sizes[dim], line.index(rank), group, tuple(line))
-    return ParallelMesh(**axes)
+    timeout = collective_timeout(config.timeout)
+    axes = {name: _axis(name, grid.movedim(dim, -1), rank, timeout) for dim, name in enumerate(AXES)}
+    dp, ep = axes["dp"], axes["ep"]
+    if min(dp.size, ep.size) > 1:
+        data = _axis("dp", grid.permute(0, 3, 1, 2).flatten(2), rank, timeout)
+    else:
+        data = replace(ep if ep.size > 1 else dp, name="dp")
+    return ParallelMesh(**axes, data=data)
+
+
+def _axis(name: str, lines: torch.Tensor, rank: int, timeout: timedelta) -> Axis:
+    """This rank's place on the axis whose places `lines` numbers in its last dimension."""
+    found = Axis(name)
+    for line in lines.flatten(0, -2).tolist():
+        group = dist.new_group(line, timeout=timeout) if len(line) > 1 else None
+        if rank in line:
+            found = Axis(name, len(line), line.index(rank), group, tuple(line))
+    return found

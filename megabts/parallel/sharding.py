@@ -41,6 +41,9 @@ class ParamMeta:
     summed: bool = False
     """Every rank of `axis` computes a part of the gradient, and the parts add up. So it is, without this mark, with
     rows that several ranks hold because a part has fewer units than there are ranks."""
+    held: Range | None = None
+    """Of the first dimension, which is not split otherwise, the range that this rank's mesh axis `experts` holds; None:
+    all. Such a parameter's gradient is summed over the axis `replicas`, others' over dp."""
 
     def slices(self, axis: Axis) -> list[Range]:
         """Ranges [start, end) along `dim` that `axis.rank` holds, in order.
@@ -58,16 +61,24 @@ class ParamMeta:
 
     def shard(self, full: Tensor, axis: Axis) -> Tensor:
         """This rank's slice of the full tensor."""
+        if self.held:
+            full = full[slice(*self.held)]
         if self.dim is None or axis.size == 1:
             return full
         return torch.cat([full.narrow(self.dim, a, b - a) for a, b in self.slices(axis)], self.dim)
 
     def local_shape(self, axis: Axis) -> tuple[int, ...]:
         """Shape of this rank's slice."""
-        if self.dim is None:
-            return self.shape
-        length = sum(b - a for a, b in self.slices(axis))
-        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+        shape = list(self.shape)
+        if self.dim is not None:
+            shape[self.dim] = sum(b - a for a, b in self.slices(axis))
+        if self.held:
+            shape[0] = self.held[1] - self.held[0]
+        return tuple(shape)
+
+    def reduced_over(self, mesh: ParallelMesh) -> Axis:
+        """The data-parallel ranks that hold the same slice, each with the gradient of its own samples."""
+        return mesh.replicas if self.held else mesh.dp
 
     def replicated(self, axis: Axis) -> list[Range]:
         """Ranges of this rank's rows (along `dim`, or the first) that other ranks of `axis` hold too."""

@@ -132,6 +132,7 @@ def _adopt(given: Section, found: Section, section: str, free: set[str], explici
 def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start: StoredModel | None) -> Run:
     """Model at its start, datasets and optimizer. Raises UserError for anything that does not fit together."""
     check_layout(config, mesh.world_size)
+    mesh = mesh.routed if config.method == "moe" else mesh
     dtype = resolve_dtype(config.precision.dtype, device)
     tokenizer = build_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     num_samples = config.train.steps * config.train.global_batch

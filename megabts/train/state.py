@@ -115,6 +115,7 @@ def _restore_optimizer(run: Run, whole: Built, folder: Path, updates: int) -> No
     """This rank's shards of the optimizer's state, as of `updates` updates."""
     freeze_unscaled(whole, run.config.optimizer, [name for name, _ in whole.named_parameters()])
     trained = {name: meta for name, parameter, meta in whole.own_parameters() if parameter.requires_grad}
+    mine = {name: meta for name, _, meta in run.model.own_parameters()}
     with TensorReader(folder, OPTIMIZER_FILE) as reader, torch.no_grad():
         expected = {f"{kind}.{name}": meta.shape for kind in KINDS for name, meta in trained.items()}
         if differing := sorted(expected.keys() ^ reader.shapes.keys()):
@@ -123,7 +124,7 @@ def _restore_optimizer(run: Run, whole: Built, folder: Path, updates: int) -> No
             )
         check_fit(reader.shapes, expected, str(folder))
         for kind, name, flat, tensor in run.optimizer.shards():
-            meta = trained[name]
+            meta = mine[name]
             if flat[0] < flat[1]:
                 tensor.copy_(reader.read_slice(f"{kind}.{name}", meta, run.mesh.axis(meta.axis), flat))
     run.optimizer.restored(updates)

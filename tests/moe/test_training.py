@@ -172,8 +172,8 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="starts from an upcycled checkpoint"):
         build([*args, "--checkpoint.init_from=", "--method=moe"])
     members = "--moe.members={a: x, b: y}"
-    with pytest.raises(UsageError, match=r"parallel.expert is 2, but method moe has all ffn experts on every rank"):
-        check_layout(load_config(["--method=moe", members, "--parallel.expert=2"]), 2)
+    with pytest.raises(UsageError, match=r"2 ffn experts do not divide among parallel.expert 3 ranks; .* may be 1, 2"):
+        check_layout(load_config(["--method=moe", members, "--parallel.expert=3"]), 3)
     with pytest.raises(UsageError, match=r"width 6 do not divide among parallel.tensor 4"):
         check_layout(
             load_config(["--method=moe", members, "--moe.split=8", "--model.ffn_size=48", "--parallel.tensor=4"]), 4
