@@ -2,7 +2,8 @@
 
 Everything is allocated once, at the capacity known before the first token: memory cannot run out half way, and no
 step copies what is there. Stored heads first, [layers, 2, b, kv_heads, capacity, hd]: attention reads one head's keys
-over all positions, which are then neighbours in memory. A BTS model needs one cache per member: each has its own keys.
+over all positions, which are then neighbours in memory. A BTS model needs one cache per member, BAM one
+per attention expert: each has its own keys.
 """
 
 import torch

@@ -1,1 +1,1 @@
-"""Mixtures of experts made from members: Branch-Train-MiX and sparse upcycling."""
+"""Mixtures of experts made from members: Branch-Train-MiX, BAM, BAM adapters and sparse upcycling."""

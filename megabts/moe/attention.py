@@ -38,7 +38,7 @@ class RoutedAttention(nn.Module):
         """[s', b, D] -> the same; a cache per attention expert."""
         hidden = enter(hidden, self.tp, self.sequence)
         weights = self.router(hidden).softmax(-1).to(hidden.dtype)  # [s, b, N]
-        own = caches or [None] * len(self.experts)
+        own: Sequence[LayerCache | None] = caches or [None] * len(self.experts)
         outputs = [
             expert(hidden, context, layer, cache) for expert, cache in zip(self.experts, own, strict=True)
         ]  # partial sums [s, b, D]
