@@ -24,9 +24,9 @@ class Adapters(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, backend: Backend, experts: Axis | None = None) -> None:
         super().__init__()
         self.tp = backend.tp
-        meta = ParamMeta(
-            (num_experts, hidden_size, hidden_size), "identity", dim=2, held=experts and held_by(experts, num_experts)
-        )
+        held = held_by(experts, num_experts) if experts else None
+        held = held_by(experts, num_experts) if experts else None
+        meta = ParamMeta((num_experts, hidden_size, hidden_size), "identity", dim=2, held=held)
         self.metas = {"weight": meta}
         self.weight = nn.Parameter(torch.empty(meta.local_shape(self.tp), dtype=backend.dtype, device=backend.device))
 

@@ -1,4 +1,4 @@
-"""ffn experts on several ranks that have different samples, against one rank; tokens sent there and back by hand.
+"""ffn experts on several ranks that have different samples, against one rank.
 
 Whole runs in float64, through the trainer, as in test_training.py.
 """
