@@ -4,7 +4,8 @@ python tools/evaluate.py --checkpoint runs/bts --data code=data/code_valid_text_
 
 The checkpoint may be of any method, or a Hugging Face Llama folder. Without --data the run's own validation sets are
 read. Windows follow one another and do not overlap, so every token is predicted once; the run's data.eod_mask_loss
-holds here too.
+holds here too. With --protocol documents each window is the beginning of a document, and others, "mixed", switch
+domains every 32 to 64 tokens; losses are also told by position.
 """
 
 import json
@@ -22,6 +23,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint, run or Hugging Face folder")
     parser.add_argument("--data", nargs="+", default=[], metavar="[DOMAIN=]PREFIX", help="indexed datasets")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a window (default: the run's)")
+    parser.add_argument(
+        "--protocol", choices=("stream", "documents"), default="stream", help="which windows (default: stream)"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="windows per domain, spread evenly (default: all)")
     parser.add_argument("--micro-batch", type=int, default=16, metavar="N", help="windows at a time")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's")
@@ -37,6 +41,7 @@ def main() -> None:
     from megabts.data.build import build_valid_datasets
     from megabts.evaluation.perplexity import batch_loss, domain_losses
     from megabts.evaluation.report import losses_json, losses_table
+    from megabts.evaluation.windows import document_losses
     from megabts.parallel.mesh import ParallelMesh
     from megabts.runtime.device import DTYPES, Launch, pick_device, share_cores
     from megabts.tokenizers.build import build_tokenizer
@@ -57,19 +62,27 @@ def main() -> None:
     if not sets:
         raise UsageError("the run has no validation sets; give --data DOMAIN=PREFIX ...")
     loaded.model.train(False)
-    results = domain_losses(
-        partial(batch_loss, loaded.model, device=device),
-        sets,
-        model=loaded.config.model,
-        micro_batch=args.micro_batch,
-        dp=mesh.dp,
-        device=device,
-        eod_id=tokenizer.eod_id if tokenizer else None,
-        eod_mask_loss=data.eod_mask_loss,
-    )
+    if args.protocol == "documents":
+        measured = document_losses(loaded.model, sets, args.samples, device, args.micro_batch)
+        results = {domain: losses.mean for domain, losses in measured.items()}
+        content = losses_json(results)
+        for domain, losses in measured.items():
+            content[domain]["by_position"] = losses.by_position
+    else:
+        results = domain_losses(
+            partial(batch_loss, loaded.model, device=device),
+            sets,
+            model=loaded.config.model,
+            micro_batch=args.micro_batch,
+            dp=mesh.dp,
+            device=device,
+            eod_id=tokenizer.eod_id if tokenizer else None,
+            eod_mask_loss=data.eod_mask_loss,
+        )
+        content = losses_json(results)
     print(losses_table(results))
     if args.json:
-        write_json(args.json, losses_json(results))
+        write_json(args.json, content)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,4 +1,4 @@
-"""What the quickstart trains on what, for any set of domains.
+"""What experiments train on what, for any set of domains.
 
 With a domain called `general` the seed's mixture is 70% of it and the stitches' 55%, the other domains sharing the rest
 (the BTS paper's stitch mixture, arXiv 2502.00075, section 4), and every other domain gets an expert. Without one the

@@ -1,0 +1,195 @@
+"""Every method on the same members and the same tokens, as a list of stages: one `Comparison` for each seed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megabts.bts.flops import bts_flops
+from megabts.bts.plan import stitch_plan
+from megabts.experiment.base import CONFIGS, Experiment
+from megabts.model.flops import dense_flops
+from megabts.runtime.stages import Stage
+
+UPCYCLED: dict[str, tuple[str, ...]] = {
+    "btx-top2": ("btx", "--routing", "topk"),
+    "btx-switch": ("btx", "--routing", "switch"),
+    "btx-soft": ("btx", "--routing", "soft"),
+    "btx-sample": ("btx", "--routing", "sample"),
+    "sparse-upcycling": ("sparse",),
+    "bam": ("bam",),
+    "bam-adapters": ("bam-adapters",),
+}
+"""Method and arguments of `tools/upcycle.py`."""
+
+STITCHED: dict[str, dict[str, str]] = {
+    "bts": {},
+    "bts-mixture": {"output": "mixture"},
+}
+"""Stitched models and how their settings differ from the paper's form."""
+
+ABLATIONS: dict[str, dict[str, str]] = {
+    "bts, K = 1": {"num_stitch_layers": "1"},
+    "bts, K = 2": {"num_stitch_layers": "2"},
+    "bts, K = L": {"num_stitch_layers": "8"},
+    "bts, Experts-into-Hub only": {"alternating": "false"},
+    "bts, stream unchanged": {"expert_stream": "unchanged"},
+    "bts, hub leaning": {"start": "hub_leaning"},
+    "bts, hub preserving": {"start": "hub_preserving"},
+    "bts, token gates": {"gate": "token"},
+    "bts, normalised gate input": {"gate_input": "normalised"},
+    "bts, low rank, K = L": {"num_stitch_layers": "8", "projection_rank": "32"},
+    "bts-mixture, token gates": {"output": "mixture", "gate": "token"},
+    "bts-mixture, stream unchanged": {"output": "mixture", "expert_stream": "unchanged"},
+    "bts-mixture, normalised gate input": {"output": "mixture", "gate_input": "normalised"},
+}
+"""The paper's ablations and forms beyond it; `--ablations` adds them."""
+
+HUB_CHOICE = "bts, hub "
+"""Ablation: an expert is the hub, and the seed one of its experts."""
+WINDOWS = 60
+"""Windows per domain that losses are measured on."""
+
+
+@dataclass(frozen=True)
+class Comparison(Experiment):
+    """All methods from one seed; `out` is a folder below the one that holds the data of all seeds."""
+
+    preset: str = "tiny"
+    ablations: bool = False
+
+    kind = "compare"
+    full_minutes = 60
+    free = ("ablations",)
+
+    @property
+    def configs(self) -> Path:
+        """Folder of the preset's configurations."""
+        return CONFIGS / "compare" / self.preset
+
+    @property
+    def data(self) -> Path:
+        """Tokenizer and datasets are those of all seeds."""
+        return self.out.parent
+
+    @property
+    def members(self) -> dict[str, Path]:
+        """Folders of seed and experts, by name."""
+        return {"seed": self.run_dir("seed"), **self.experts}
+
+    @property
+    def stitched(self) -> dict[str, dict[str, str]]:
+        """The stitched models: name -> settings."""
+        if not self.ablations:
+            return STITCHED
+        layers = str(self.config("seed").model.num_layers)
+        forms = {
+            name: {key: layers if (key, value) == ("num_stitch_layers", "8") else value for key, value in form.items()}
+            for name, form in ABLATIONS.items()
+        }
+        hubs = {HUB_CHOICE + domain: {"hub": domain} for domain in list(self.experts)[:1]}
+        return STITCHED | forms | hubs
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Methods with a training run of their own."""
+        return (
+            *("dense-data-matched", "dense-compute-matched", "expert-routing"),
+            *UPCYCLED,
+            *self.stitched,
+        )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of all models compared."""
+        experts = (f"expert-{domain}" for domain in self.experts)
+        return ("seed", *experts, *self.trained[:2], "soup", "btm", *self.trained[2:])
+
+    def stages(self) -> list[Stage]:
+        """Members, methods, evaluations; the data must be there."""
+        members = self.member_stages((), exclusive=False)
+        branched = tuple(stage.name for stage in members)
+        start = ("--checkpoint.init_from", self.run_dir("seed"))
+        stitch = self.mixtures.stitch
+        steps = self.compute_matched_steps()
+        stages = [
+            *members,
+            self.train("dense-data-matched", "dense", stitch, ("seed",), *start),
+            self.train("dense-compute-matched", "dense", stitch, ("seed",), *start, steps=steps),
+            self.soup_stage(branched),
+            self._btm(branched),
+            self.train("expert-routing", "routing", stitch, branched, "--routing.members", self._paths(self.members)),
+        ]
+        for name, arguments in UPCYCLED.items():
+            needs = ("seed",) if arguments[0] == "sparse" else branched
+            made = self._upcycle(name, needs, *arguments)
+            begin = ("--checkpoint.init_from", self.run_dir(f"{name}-start"))
+            stages += [made, self.train(name, "moe", stitch, (made.name,), *begin)]
+        stages += [self._stitch(name, settings, branched) for name, settings in self.stitched.items()]
+        return [*stages, *(self._evaluate(name) for name in self.models)]
+
+    def compute_matched_steps(self) -> int:
+        """Steps in which the dense model does as many operations as all experts and the paper's stitches together."""
+        config = self.config("seed")
+        model, length = replace(config.model, vocab_size=self.vocab_size), config.data.seq_length
+        bts = replace(self.config("stitch").bts, experts=dict.fromkeys(self.experts, ""))
+        plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
+        dense = dense_flops(model, length).total
+        stitched = self.steps("stitch") * bts_flops(model, bts, length, plan).total / dense
+        return round(len(self.experts) * self.steps("expert") + stitched)
+
+    def _upcycle(self, name: str, needs: tuple[str, ...], method: str, *arguments: str) -> Stage:
+        if method == "sparse":
+            members = ["--member", f"seed={self.run_dir('seed')}", "--copies", str(len(self.members))]
+        else:
+            members = [item for key, path in self.members.items() for item in ("--member", f"{key}={path}")]
+        common: tuple[str | Path, ...] = (
+            "--method",
+            method,
+            *members,
+            "--seed",
+            str(self.seed),
+            "--out",
+            self.run_dir(f"{name}-start"),
+        )
+        return self.stage(f"{name}-start", f"upcycle {name}", "upcycle.py", *common, *arguments, needs=needs)
+
+    def _btm(self, needs: tuple[str, ...]) -> Stage:
+        members = [item for key, path in self.members.items() for item in ("--member", f"{key}={path}")]
+        return self.stage("btm", "make btm", "merge.py", "btm", *members, "--out", self.run_dir("btm"), needs=needs)
+
+    def _stitch(self, name: str, settings: dict[str, str], needs: tuple[str, ...]) -> Stage:
+        experts, hub = dict(self.experts), self.run_dir("seed")
+        if "hub" in settings:
+            experts = {"seed": hub, **experts}
+            hub = experts.pop(settings["hub"])
+        forms = [item for key, value in settings.items() if key != "hub" for item in (f"--bts.{key}", value)]
+        members = ("--bts.hub", hub, "--bts.experts", self._paths(experts))
+        return self.train(name, "stitch", self.mixtures.stitch, needs, *members, *forms)
+
+    def _evaluate(self, model: str) -> Stage:
+        return self.stage(
+            f"evaluate-{model}",
+            f"evaluate {model}",
+            "evaluate.py",
+            *("--checkpoint", self.run_dir(model), "--json", self.losses(model), "--protocol", "documents"),
+            *("--samples", str(WINDOWS), "--seq-length", str(self.config("seed").data.seq_length)),
+            *("--data", *(f"{domain}={self.prefix(domain, 'valid')}" for domain in self.domains)),
+            needs=(model,),
+        )
+
+    @staticmethod
+    def _paths(folders: dict[str, Path]) -> str:
+        return json.dumps({name: str(folder) for name, folder in folders.items()})
+
+
+def all_stages(comparisons: Sequence[Comparison], *, built_in: bool) -> list[Stage]:
+    """The data, then every seed's stages, each with its seed in its name."""
+    data = comparisons[0].data_stages(built_in=built_in)
+    stages, ready = list(data), tuple(stage.name for stage in data)
+    for comparison in comparisons:
+        prefix = f"seed {comparison.seed}: "
+        for stage in comparison.stages():
+            needs = tuple(prefix + need for need in stage.needs) or ready
+            stages.append(replace(stage, name=prefix + stage.name, title=prefix + stage.title, needs=needs))
+    return stages

@@ -1,0 +1,81 @@
+"""Every method of combining a seed and its experts, trained on the same tokens and measured alike, for several seeds.
+
+Without --data the corpora are made from this Python installation: its sources (code), its documentation (prose) and
+generated problems (math). With --data DIR they are DIR/DOMAIN/{train,valid}.jsonl[.gz]; every domain but `general` gets
+an expert. Writes comparison.json, comparison.md and comparison.html into the folder. Interrupt it whenever you like and
+run it again: finished stages are kept, also when seeds or --ablations are added later.
+"""
+
+import argparse
+from pathlib import Path
+
+from megabts.config.tool_parser import ToolParser
+from megabts.errors import UsageError, run_tool
+
+
+def main() -> int:
+    """Run the stages, write the results, print the table."""
+    parser = ToolParser(prog="compare.sh", description=__doc__)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/compare[-DATA][-PRESET]")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="corpora: DIR/DOMAIN/{train,valid}.jsonl[.gz]")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="runs are scaled to take about so long a seed on 2 cores (60)"
+    )
+    parser.add_argument("--seeds", default="0", metavar="S,S,...", help="of weights and data order (default: 0)")
+    parser.add_argument("--preset", default="tiny", help="folder of examples/configs/compare (default: tiny)")
+    parser.add_argument("--ablations", action="store_true", help="also other forms of BTS: K, alternation, start, ...")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="smaller for little text (default: 4096)")
+    parser.add_argument("--parse-only", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.minutes <= 0:
+        raise UsageError(f"--minutes is {args.minutes:g}; it must be above 0")
+    seeds = parse_seeds(args.seeds)
+    if args.parse_only:
+        return 0
+
+    from megabts.experiment.base import CONFIGS
+    from megabts.experiment.comparison import Comparison, all_stages
+    from megabts.experiment.comparison_results import collect, markdown, write_comparison
+    from megabts.experiment.recipe import find_corpora
+    from megabts.runtime.device import num_cores
+    from megabts.runtime.stages import run_stages
+
+    presets = sorted(path.name for path in (CONFIGS / "compare").iterdir())
+    if args.preset not in presets:
+        raise UsageError(f"--preset {args.preset} is none of {', '.join(presets)}")
+    out = args.out or default_out(args.data, args.preset)
+    domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
+    comparisons = [
+        Comparison(
+            *(out / f"seed{seed}", args.data or out / "corpora", domains, args.minutes, seed, args.vocab_size),
+            preset=args.preset,
+            ablations=args.ablations,
+        )
+        for seed in seeds
+    ]
+    for comparison in comparisons:
+        comparison.write_settings()
+    run_stages(all_stages(comparisons, built_in=args.data is None), workers=num_cores(), threads=num_cores())
+    result = collect(comparisons)
+    print(markdown(result))
+    for path in write_comparison(result, out):
+        print(path)
+    return 0
+
+
+def parse_seeds(text: str) -> list[int]:
+    """[0, 1] from "0,1". Raises UsageError."""
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts) or len({int(part) for part in parts}) < len(parts):
+        raise UsageError(f"--seeds {text} is not a list of different numbers like 0,1,2")
+    return [int(part) for part in parts]
+
+
+def default_out(data: Path | None, preset: str) -> Path:
+    """A folder of its own for each corpus and preset."""
+    name = "compare" + (f"-{data.resolve().name}" if data else "") + (f"-{preset}" if preset != "tiny" else "")
+    return Path("runs") / name
+
+
+if __name__ == "__main__":
+    run_tool(main)
