@@ -20,6 +20,7 @@ from megabts.config.run import RunConfig
 from megabts.errors import UsageError
 from megabts.inference.engine import GenerationSettings, generate, generate_uncached, score
 from megabts.model.attention import Context, make_context
+from megabts.model.decoder import sequence_loss
 from megabts.moe.adapters import Adapters
 from megabts.moe.attention import RoutedAttention
 from megabts.moe.flops import moe_costs, moe_flops
@@ -28,7 +29,7 @@ from megabts.moe.router import Router
 from megabts.moe.upcycle import upcycle, wanted
 from megabts.planner.search import check_plannable
 from tests.bts.folders import write_dense
-from tests.moe.models import SIZES, dense_model, moe_model
+from tests.moe.models import SIZES, dense_model, moe_model, tokens
 from tests.train.runs import ROOT, environment
 
 TEXT = [3, 7, 1, 30, 12, 4, 0, 29, 5]
@@ -216,6 +217,16 @@ def test_flops_by_hand() -> None:
     assert sum(layer.backward for layer in costs.layers) == flops.total - forward - head
     once = moe_costs(config.model, config.moe, s, recompute=True)
     assert once.layers[1].backward - costs.layers[1].backward == costs.layers[1].forward
+
+
+def test_with_adapters_no_gradient_goes_through_the_first_attentions() -> None:
+    model, passes = moe_model(routing="soft", **ADAPTERS), {}
+    for index, layer in model.layers.items():
+        for expert in layer.attention.experts:
+            expert.register_forward_hook(lambda *call, index=index: passes.update({index: call[-1].requires_grad}))
+    sequence_loss(model, tokens(), tokens(), torch.ones(2, 12)).backward()
+    assert passes == {"0": False, "1": True}
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", ["bam", "bam-adapters"])

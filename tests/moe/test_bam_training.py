@@ -1,7 +1,7 @@
 """BAM and its adapters through the trainer: layouts of ranks against one rank, what trains, resuming, generation.
 
 The members have one key-value head, which tp ranks share, norms and biases in their attentions, and tied embeddings:
-trained in BAM, frozen with adapters.
+trained in BAM, frozen with adapters. Each feed-forward is cut in two: six ffn experts beside three attention experts.
 """
 
 from pathlib import Path
@@ -53,9 +53,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2+sp": {"parallel.tensor": 2, "parallel.sequence": True},
     "pp2": {"parallel.pipeline": 2},
     "dp2": {},
+    "ep2": {"parallel.expert": 2},
 }
 CASES = [(layout, model) for layout in LAYOUTS for model in ("bam", "adapters")]
-CASES += [("tp2+sp", "bam topk"), ("tp2", "adapters topk"), ("pp2", "adapters topk")]
+CASES += [("tp2+sp", "bam topk"), ("tp2", "adapters topk"), ("pp2", "adapters topk"), ("ep2", "adapters topk")]
 CASES += [("tp2+sp", name) for name in TE]
 
 
@@ -87,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_ids(folder / "ids")
     members = write_members(folder, "seed", "code", "math", **SIZES)
     for name, adapters in (("bam", False), ("adapters", True)):
-        moe = MoEConfig(members, routing="soft", attention_experts=True, adapters=adapters)
+        moe = MoEConfig(members, routing="soft", split=2, attention_experts=True, adapters=adapters)
         assemble.upcycle(RunConfig(moe=moe), folder / name)
     for model in PLAIN:
         assert train(command(folder, folder / "one" / model, model, {})) == 0
