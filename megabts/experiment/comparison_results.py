@@ -1,0 +1,176 @@
+"""From a comparison's files to its results: `comparison.json`, a Markdown table, a page.
+
+Losses are nats per token on windows that begin where documents do (`evaluation.windows`), averaged over domains and
+then over seeds; the spread is the standard deviation of the average over seeds. What a method cost (tokens, operations,
+seconds) is its own training alone: every method but the dense ones stands on the members' training, which is told with
+the members.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megabts.bts.parameters import parameter_report, short
+from megabts.build import num_parameters, whole_model
+from megabts.checkpoint.source import CONFIG_FILE
+from megabts.checkpoint.storage import resolve
+from megabts.config.load import from_yaml
+from megabts.config.run import RunConfig
+from megabts.evaluation.windows import MIXED
+from megabts.experiment.comparison import Comparison
+from megabts.runtime.metrics import read_metrics
+
+Comparisons = Sequence[Comparison]
+UNTRAINED = ("soup", "btm")
+"""Methods that are put together without training."""
+
+
+def collect(comparisons: Comparisons) -> dict[str, Any]:
+    """The content of `comparison.json`, from the finished stages of one comparison per seed."""
+    first = comparisons[0]
+    return {
+        "domains": list(first.domains),
+        "seeds": [comparison.seed for comparison in comparisons],
+        "minutes": first.minutes,
+        "preset": first.preset,
+        "methods": {name: _method(comparisons, name) for name in first.models},
+        "oracle": _oracle(comparisons),
+    }
+
+
+def _method(comparisons: Comparisons, name: str) -> dict[str, Any]:
+    found = [_losses(comparison, name) for comparison in comparisons]
+    domains = comparisons[0].domains
+    averages = [_average(losses, domains) for losses in found]
+    trained, total, active = parameters(comparisons[0], name)
+    costs = [_cost(comparison, name) for comparison in comparisons]
+    tokens, flops, seconds = (statistics.mean(column) for column in zip(*costs))
+    return {
+        "losses": {domain: statistics.mean(losses[domain]["loss"] for losses in found) for domain in domains},
+        "average": statistics.mean(averages),
+        "spread": _spread(averages),
+        "averages": averages,
+        "mixed": statistics.mean(losses[MIXED]["loss"] for losses in found),
+        "mixed_spread": _spread([losses[MIXED]["loss"] for losses in found]),
+        "by_position": _positions([losses[domain] for losses in found for domain in domains]),
+        "mixed_by_position": _positions([losses[MIXED] for losses in found]),
+        "trained_params": trained,
+        "total_params": total,
+        "active_params": active,
+        "tokens": round(tokens),
+        "flops": flops,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _losses(comparison: Comparison, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(comparison.losses(name).read_text())
+    return found
+
+
+def _average(losses: dict[str, Any], domains: Sequence[str]) -> float:
+    return statistics.mean(losses[domain]["loss"] for domain in domains)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _positions(measured: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Mean over domains and seeds of the losses by position."""
+    columns = zip(*(losses["by_position"] for losses in measured), strict=True)
+    return [(column[0][0], statistics.mean(loss for _, loss in column)) for column in columns]
+
+
+def _oracle(comparisons: Comparisons) -> dict[str, Any]:
+    """The best member of each domain, by its own loss: what choosing whole texts could reach at best."""
+    domains, averages, by_domain = comparisons[0].domains, [], []
+    for comparison in comparisons:
+        members = ["seed", *(f"expert-{domain}" for domain in comparison.experts)]
+        losses = [_losses(comparison, name) for name in members]
+        best = {domain: min(found[domain]["loss"] for found in losses) for domain in domains}
+        by_domain.append(best)
+        averages.append(statistics.mean(best.values()))
+    return {
+        "losses": {domain: statistics.mean(best[domain] for best in by_domain) for domain in domains},
+        "average": statistics.mean(averages),
+        "spread": _spread(averages),
+    }
+
+
+def parameters(comparison: Comparison, name: str) -> tuple[int, int, int]:
+    """(trained, total, of one token) parameters of a model of the comparison; nothing is built."""
+    config = from_yaml((resolve(comparison.run_dir(name)) / CONFIG_FILE).read_text(), name)
+    one, count = config.model.num_parameters, len(comparison.members)
+    if config.method == "bts":
+        report = parameter_report(config.model, config.bts)
+        return report.trained, report.paper_total, report.active
+    if config.method == "btm":
+        return 0, count * one, count * one
+    trained, total = num_parameters(whole_model(config))
+    if config.method == "routing":
+        return trained, total, one + trained
+    if config.method == "moe":
+        return trained, total, total - _idle(config)
+    return (0 if name in UNTRAINED else trained), total, total
+
+
+def _idle(config: RunConfig) -> int:
+    """Parameters of the ffn experts that a token does not run through."""
+    model, moe = config.model, config.moe
+    each = 3 * model.hidden_size * moe.ffn_width(model.ffn_size)
+    return sum((moe.num_ffn_experts - moe.active(layer)) * each for layer in range(model.num_layers))
+
+
+def _cost(comparison: Comparison, name: str) -> tuple[float, float, float]:
+    """(tokens, operations, seconds) of a model's own training, making it included."""
+    stages = [name, f"{name}-start"]
+    markers = [path for stage in stages if (path := comparison.out / "done" / f"{stage}.json").exists()]
+    seconds = sum(json.loads(path.read_text())["seconds"] for path in markers)
+    if name in UNTRAINED:
+        return 0, 0.0, seconds
+    steps, _ = read_metrics(comparison.run_dir(name))
+    return sum(row["tokens"] for row in steps), sum(row["flops"] for row in steps), seconds
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Two tables: losses per domain with mean and spread (the paper's Table 3), and costs (its Table 2)."""
+    domains, methods = result["domains"], result["methods"]
+    best = min(entry["average"] for entry in methods.values())
+    losses = [["method", *domains, "average", "mixed texts"]]
+    for name, entry in methods.items():
+        average = f"{entry['average']:.3f} ± {entry['spread']:.3f}"
+        bold = "**" if entry["average"] == best else ""
+        row = [name, *(f"{entry['losses'][domain]:.3f}" for domain in domains), f"{bold}{average}{bold}"]
+        losses.append([*row, f"{entry['mixed']:.3f}"])
+    oracle = result["oracle"]
+    row = ["*oracle*", *(f"{oracle['losses'][domain]:.3f}" for domain in domains)]
+    losses.append([*row, f"{oracle['average']:.3f} ± {oracle['spread']:.3f}", ""])
+    costs = [["method", "trained", "total", "active", "tokens", "FLOPs", "seconds"]]
+    for name, entry in methods.items():
+        counts = [short(entry[f"{kind}_params"]) for kind in ("trained", "total", "active")]
+        costs.append([name, *counts, short(entry["tokens"]), f"{entry['flops']:.2e}", f"{entry['seconds']:.0f}"])
+    return f"{_table(losses)}\n\n{_table(costs)}\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
+    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write_comparison(result: dict[str, Any], out: Path) -> list[Path]:
+    """Write comparison.json, comparison.md and comparison.html into a folder; returns their paths."""
+    from megabts.viz.comparison import write_page
+
+    files: dict[str, Callable[[Path], object]] = {
+        "comparison.json": lambda path: path.write_text(json.dumps(result, indent=2) + "\n"),
+        "comparison.md": lambda path: path.write_text(markdown(result)),
+        "comparison.html": lambda path: write_page(result, path),
+    }
+    for name, write in files.items():
+        write(out / name)
+    return [out / name for name in files]
