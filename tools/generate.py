@@ -1,4 +1,4 @@
-"""Continue text with a model: a run or checkpoint folder, dense or stitched, or a Hugging Face Llama folder.
+"""Continue text with a model: a run or checkpoint folder of any method, or a Hugging Face Llama folder.
 
 One prompt: the completion is streamed to stdout as it comes. Several: they run as one batch and are printed at the
 end. The speed goes to stderr. Generation stops at the tokenizer's end-of-document token.
@@ -18,6 +18,8 @@ from megabts.errors import UsageError, UserError, run_tool
 if TYPE_CHECKING:
     from megabts.bts.model import BTSModel
     from megabts.inference.engine import OnToken
+    from megabts.moe.model import MoEModel
+    from megabts.moe.router import Routes
     from megabts.tokenizers.protocol import Tokenizer
 
 
@@ -38,7 +40,11 @@ def parse_args() -> argparse.Namespace:
     add("--tokenizer", default="", metavar="SPEC", help="path, bytes or null:VOCAB (default: the checkpoint's)")
     add("--dtype", choices=["float32", "bfloat16"], help="number format (default: the run's)")
     add("--without", action="append", default=[], metavar="NAME", help="leave out this expert, for this run")
-    add("--gates", action="store_true", help="show how often each member dominates the last stitch layer")
+    add(
+        "--gates",
+        action="store_true",
+        help="show how much each member counts at the last stitch, or ffn expert in a layer",
+    )
     add("--no-cache", action="store_true", help="recompute everything for every token (slow)")
     return parser.parse_args()
 
@@ -49,6 +55,7 @@ def main() -> None:
     from megabts.bts.model import BTSModel
     from megabts.build import load_model
     from megabts.inference.engine import GenerationSettings, generate, generate_uncached
+    from megabts.moe.model import MoEModel
     from megabts.parallel.mesh import ParallelMesh
     from megabts.runtime.device import DTYPES, Launch, pick_device
     from megabts.tokenizers.build import build_tokenizer
@@ -57,7 +64,7 @@ def main() -> None:
     dtype = DTYPES[args.dtype] if args.dtype else None
     loaded = load_model(args.checkpoint, ParallelMesh(), dtype, pick_device(Launch()), without=args.without)
     model = loaded.model
-    if args.gates and not isinstance(model, BTSModel):
+    if args.gates and not isinstance(model, BTSModel | MoEModel):
         raise UsageError(f"--gates: {args.checkpoint} is a {loaded.config.method} model and has no gates")
     if not (args.tokenizer or loaded.tokenizer):
         raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
@@ -76,9 +83,11 @@ def main() -> None:
         print_batch(prompts, completions, tokenizer)
     num_tokens = sum(map(len, completions))
     print(f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s", file=sys.stderr)
-    if args.gates:
-        assert isinstance(model, BTSModel)
-        print_gates(model, [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+    texts_of_ids = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    if args.gates and isinstance(model, BTSModel):
+        print_gates(model, texts_of_ids)
+    elif args.gates and isinstance(model, MoEModel):
+        print_routes(model, texts_of_ids, tokenizer)
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
@@ -140,6 +149,39 @@ def print_gates(model: "BTSModel", texts: list[list[int]]) -> None:
     print(f"\nlast stitch layer, {gates.shape[1]} tokens: member, share of tokens it dominates, mean gate")
     for name, count, mean in zip(model.bts.members, counts, gates.mean(1).tolist(), strict=True):
         print(f"{name:<20}{count / gates.shape[1]:>7.1%}{mean:>8.3f}")
+
+
+def print_routes(model: "MoEModel", texts: list[list[int]], tokenizer: "Tokenizer") -> None:
+    """Mean weight and share of the choices of every layer's ffn experts over all tokens, prompts included; then each
+    token's ffn experts in the last layer, the weightiest first."""
+    import torch
+
+    from megabts.inference.engine import score
+    from megabts.moe.routes import record_routes
+
+    last: list[tuple[list[int], list[float]]] = []
+
+    def observe(layer: int, routes: "Routes") -> None:
+        if layer == model.config.num_layers - 1:
+            last.extend(zip(routes.chosen.tolist(), routes.weights.tolist(), strict=True))
+
+    with torch.inference_mode(), record_routes(model) as record, model.observe_routes(observe):
+        for text in texts:
+            score(model, text)
+    names = model.moe.ffn_expert_names
+    tokens = [token for text in texts for token in text]
+    print(f"\nffn experts, {len(tokens)} tokens: mean weight, share of the choices; entropy of the router, nats")
+    print(f"{'layer':<8}" + "".join(f"{name:>18}" for name in names) + f"{'entropy':>10}")
+    for layer, found in sorted(record.layers.items()):
+        cells = zip(found.mean_gate.tolist(), found.share.tolist(), strict=True)
+        print(f"{layer:<8}" + "".join(f"{gate:>10.3f}{share:>8.1%}" for gate, share in cells), end="")
+        print(f"{found.mean_entropy:>10.3f}")
+    print("\nlast layer: token, its ffn experts and their weights")
+    for token, (chosen, weights) in zip(tokens, last, strict=True):
+        order = sorted(zip(weights, chosen, strict=True), reverse=True)
+        print(
+            f"{tokenizer.decode([token])!r:<20}" + "  ".join(f"{names[index]} {weight:.3f}" for weight, index in order)
+        )
 
 
 if __name__ == "__main__":

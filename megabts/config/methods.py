@@ -109,6 +109,13 @@ class MoEConfig:
         """N, of each layer."""
         return len(self.members) * self.split
 
+    @property
+    def ffn_expert_names(self) -> list[str]:
+        """Of each: its member, with the chunk's number where it has several; a number where members are blended."""
+        if self.blend:
+            return [str(number) for number in range(self.num_ffn_experts)]
+        return [f"{name}.{n}" if self.split > 1 else name for name in self.members for n in range(self.split)]
+
     def ffn_width(self, ffn_size: int) -> int:
         """Width of one ffn expert. Raises UsageError when the members' width does not divide, or there are none."""
         pieces = self.num_ffn_experts if self.blend else self.split
