@@ -17,7 +17,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULTS = {"pretrain_seed.sh": "seed.yaml", "pretrain_expert.sh": "code.yaml", "train_stitch.sh": "stitch.yaml"}
+DEFAULTS = {
+    "pretrain_seed.sh": "seed.yaml",
+    "pretrain_expert.sh": "code.yaml",
+    "train_stitch.sh": "stitch.yaml",
+    "train_moe.sh": "btx.yaml",
+}
 NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
 
 # One write per rank: the ranks share a pipe.
@@ -131,6 +136,24 @@ def test_under_torchrun(run: Run, repository: Path, options: list[str]) -> None:
     command = ["torchrun", "--standalone", "--nproc-per-node", "2", *options, script(repository, "train_stitch.sh")]
     said = ranks(run(*command, "--config", "my config.yaml", "--train.steps=2"))
     assert_two_ranks(said, ["--config", "my config.yaml", "--train.steps=2"])
+
+
+def test_a_mixture_is_made_once_before_it_is_trained(run: Run, repository: Path, tmp_path: Path) -> None:
+    (repository / "tools" / "upcycle.py").write_text(
+        "import json, sys, pathlib\nprint(json.dumps(sys.argv[1:]))\npathlib.Path(sys.argv[-1]).mkdir()\n"
+    )
+    command = ["bash", script(repository, "train_moe.sh"), "--start", "a start", "--config=c.yaml", "--member", "a=x y"]
+    rank = {"LOCAL_RANK": "0", "RANK": "0"}
+    early = run(*command, **rank)
+    assert early.returncode == 1
+    assert "there is no a start yet, and this is one of several ranks" in early.stderr
+    made = run(*command, "--member=b=z", "--upcycle", "bam", NPROC_PER_NODE="1")
+    lines = [json.loads(line) for line in made.stdout.splitlines() if line.startswith(("[", "{"))]
+    assert lines[0] == ["--method", "bam", "--member", "a=x y", "--member", "b=z", "--out", "a start"]
+    assert lines[1]["argv"] == ["--config=c.yaml", "--checkpoint.init_from", "a start"]
+    for there in (run(*command, NPROC_PER_NODE="1"), run(*command, **rank)):
+        assert [said["argv"] for said in ranks(there)] == [lines[1]["argv"]]
+    assert "--member needs --start" in run("bash", script(repository, "train_moe.sh"), "--member=a=x").stderr
 
 
 def test_two_nodes_from_bash(run: Run, repository: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megabts.config.load import from_yaml, load_config, to_yaml
+from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -70,3 +71,17 @@ def test_tiny_recipes_fit_together() -> None:
     assert expert.checkpoint.init_from == stitch.bts.hub == seed.checkpoint.dir
     assert stitch.bts.experts == {"code": expert.checkpoint.dir}
     assert seed.model == expert.model == stitch.model
+
+
+def test_mixture_recipes() -> None:
+    paper, tiny = load("paper/btx"), load("tiny/moe")
+    assert list(paper.moe.members.values()) == [load(f"paper/{name}").checkpoint.dir for name in PAPER[:4]]
+    assert paper.moe == MoEConfig(paper.moe.members, routing="topk", top_k=2, balance=0.01)
+    optimizer = paper.optimizer
+    assert (optimizer.lr, optimizer.warmup_steps, optimizer.schedule) == (1e-4, 100, "cosine")
+    assert (optimizer.min_lr_ratio, optimizer.weight_decay) == (0.1, 0.1)
+    assert paper.train.global_batch * paper.data.seq_length == 2**22
+    assert paper.train.steps == round(80e9 / 2**22)
+    assert paper.moe.num_ffn_experts % paper.parallel.expert == 0
+    assert tiny.model == load("tiny/seed").model
+    assert tiny.method == paper.method == "moe"
