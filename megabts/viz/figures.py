@@ -106,7 +106,7 @@ def curve_figure(curves: Sequence[Curve], domains: Sequence[str], colours: dict[
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short_count(tokens)))
         axes.tick_params(length=0)
-        return _svg(figure, "Loss over tokens: " + ", ".join(curve.name for curve in curves))
+        return to_svg(figure, "Loss over tokens: " + ", ".join(curve.name for curve in curves))
 
 
 def strokes(curves: Sequence[Curve], colours: dict[str, str]) -> list[tuple[str, float]]:
@@ -167,7 +167,7 @@ def gate_figure(gates: GateTable, layer: int, colours: dict[str, str]) -> str:
         axes.tick_params(length=0)
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        return _svg(figure, f"Mean gate weights, {gates.layers[layer]}")
+        return to_svg(figure, f"Mean gate weights, {gates.layers[layer]}")
 
 
 def _draw_cell(axes: Axes, x: int, y: int, value: float | None, full: float, colour: str) -> None:
@@ -191,7 +191,7 @@ def _largest(gates: GateTable, kind: str) -> float:
     return max(values, default=0.0) or 1.0
 
 
-def _svg(figure: Figure, label: str) -> str:
+def to_svg(figure: Figure, label: str) -> str:
     """The figure as an <svg> element for an HTML page: themed, without fixed size, namespaces or ids of groups."""
     figure.patch.set_alpha(0)
     for axes in figure.axes:

@@ -5,18 +5,16 @@ The page holds its figures as SVG and its style inline: no script, no address, r
 some hundred tokens, not of millions.
 """
 
-import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
 from megabts.viz import figures, texts
+from megabts.viz.page import Row, compare_losses, format_loss, render, write_whole
 from megabts.viz.records import AVERAGE, Curve, GateTable, Report, SweepPoint, TokenText
 
 __all__ = [
@@ -32,19 +30,11 @@ __all__ = [
 
 SEED, SOUP, DENSE, BTS = "seed", "soup", "dense-data-matched", "bts"
 ORACLE = "oracle (best member per domain)"
-BETTER, WORSE = "0 114 178", "230 159 0"
 
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page to `path`, whose folders are made. It is written aside and renamed: never half a page."""
-    page = _page(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(_page(report), path)
 
 
 def results_json(report: Report) -> dict[str, Any]:
@@ -70,47 +60,12 @@ def results_table(report: Report) -> Table:
     return table
 
 
-@dataclass
-class Cell:
-    """One loss of the table; `change` is relative to the seed (None without one), `shade` a CSS background."""
-
-    loss: float
-    change: float | None
-    best: bool
-    shade: str
-
-
-@dataclass
-class Row:
-    """One model of the loss table: a cell per domain, then the average."""
-
-    name: str
-    cells: list[Cell]
-
-
 def loss_rows(report: Report) -> list[Row]:
     """The rows in reading order: seed, experts, soup, others, dense, bts, then the oracle, which nobody trained."""
     columns = [*report.domains, AVERAGE]
     losses = {name: [report.models[name][column] for column in columns] for name in _ordered(report)}
-    best = [min((row[i] for row in losses.values() if math.isfinite(row[i])), default=0) for i in range(len(columns))]
-    seed = losses.get(SEED)
     oracle = _oracle(report)
-    shown = {**losses, ORACLE: oracle} if oracle else losses
-    changes = {
-        name: [_change(loss, start) for loss, start in zip(row, seed or [math.nan] * len(row), strict=True)]
-        for name, row in shown.items()
-    }
-    widest = max((abs(c) for row in changes.values() for c in row if c is not None), default=0.0)
-    return [
-        Row(
-            name,
-            [
-                Cell(loss, change, name != ORACLE and loss == lowest, _shade(change, widest))
-                for loss, change, lowest in zip(row, changes[name], best, strict=True)
-            ],
-        )
-        for name, row in shown.items()
-    ]
+    return compare_losses({**losses, ORACLE: oracle} if oracle else losses, SEED, [ORACLE])
 
 
 def _ordered(report: Report) -> list[str]:
@@ -128,16 +83,6 @@ def _oracle(report: Report) -> list[float]:
         return []
     best = [min(row[domain] for row in members) for domain in report.domains]
     return [*best, sum(best) / len(best)]
-
-
-def _change(loss: float, start: float) -> float | None:
-    return loss / start - 1 if math.isfinite(loss) and math.isfinite(start) and start > 0 else None
-
-
-def _shade(change: float | None, widest: float) -> str:
-    if not change or not widest:
-        return "transparent"
-    return f"rgb({BETTER if change < 0 else WORSE}/{0.32 * abs(change) / widest:.2f})"
 
 
 @dataclass
@@ -191,17 +136,8 @@ def _page(report: Report) -> str:
     colours = figures.member_colours(members, [*report.models, *(curve.name for curve in report.curves)])
     full = texts.full_excess(report.texts, max(len(members), 1))
     rows = loss_rows(report)
-    environment = Environment(
-        loader=PackageLoader("megabts.viz"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        loss=format_loss, percent=format_percent, duration=format_duration, count=figures.short_count
-    )
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         report=report,
         columns=[*report.domains, AVERAGE],
         rows=rows,
@@ -244,22 +180,3 @@ def time_rows(report: Report) -> list[Stage]:
         speed = tokens / seconds if tokens and seconds else None
         out.append(Stage(name, seconds, seconds / longest, seconds / total, tokens, speed))
     return out
-
-
-def format_loss(loss: float) -> str:
-    """Three decimals; a loss that is not finite says so."""
-    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
-
-
-def format_percent(change: float, digits: int = 1) -> str:
-    """A relative change with its sign: -0.034 -> "−3.4%" (with the true minus sign)."""
-    text = f"{100 * change:+.{digits}f}%"
-    return text.replace("-", "−") if float(text[:-1]) else text[1:]
-
-
-def format_duration(seconds: float) -> str:
-    """42.3 -> "42.3 s", 725 -> "12 min 05 s", 11520 -> "3 h 12 min"."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -20,7 +20,8 @@ from megabts.viz.figures import (
     smooth,
     strokes,
 )
-from megabts.viz.report import Curve, GateTable, Report, TokenText, format_duration, format_percent
+from megabts.viz.page import format_duration, format_percent, format_power
+from megabts.viz.report import Curve, GateTable, Report, TokenText
 from megabts.viz.texts import SMALLEST_FULL_EXCESS, STRONGEST, colour_text, full_excess, visible
 from tests.viz.fakes import DOMAINS, MEMBERS
 
@@ -186,3 +187,4 @@ def test_numbers_for_people() -> None:
     assert [short_count(n) for n in (0, 12, 1536, 2_000_000, 3.2e9)] == ["0", "12", "1.54k", "2M", "3.2B"]
     assert [format_duration(s) for s in (0.04, 42.3, 725, 11520)] == ["0.0 s", "42.3 s", "12 min 05 s", "3 h 12 min"]
     assert [format_percent(c) for c in (-0.0341, 0.1, 0.0, -0.00001)] == ["−3.4%", "+10.0%", "0.0%", "0.0%"]
+    assert [format_power(c) for c in (0, 1, 1.234e15, 0.02)] == ["0", "1.00 × 10⁰", "1.23 × 10¹⁵", "2.00 × 10⁻²"]
