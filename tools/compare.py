@@ -3,7 +3,7 @@
 Without --data the corpora are made from this Python installation: its sources (code), its documentation (prose) and
 generated problems (math). With --data DIR they are DIR/DOMAIN/{train,valid}.jsonl[.gz]; every domain but `general` gets
 an expert. Writes comparison.json, comparison.md and comparison.html into the folder. Interrupt it whenever you like and
-run it again: finished stages are kept, also when seeds or --ablations are added later.
+run it again: finished stages are kept. Seeds and studies may be added later.
 """
 
 import argparse
@@ -24,19 +24,26 @@ def main() -> int:
     parser.add_argument("--seeds", default="0", metavar="S,S,...", help="of weights and data order (default: 0)")
     parser.add_argument("--preset", default="tiny", help="folder of examples/configs/compare (default: tiny)")
     parser.add_argument("--ablations", action="store_true", help="also other forms of BTS: K, alternation, start, ...")
+    parser.add_argument(
+        "--cross-capability", action="store_true", help="also math in code (without --data): a task for two experts"
+    )
+    parser.add_argument("--changes", action="store_true", help="also experts taken out of a BTS model, and one added")
     parser.add_argument("--vocab-size", type=int, default=4096, help="smaller for little text (default: 4096)")
     parser.add_argument("--parse-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.minutes <= 0:
         raise UsageError(f"--minutes is {args.minutes:g}; it must be above 0")
+    if args.cross_capability and args.data:
+        raise UsageError("--cross-capability needs the built-in corpora; leave out --data")
     seeds = parse_seeds(args.seeds)
     if args.parse_only:
         return 0
 
     from megabts.experiment.base import CONFIGS
-    from megabts.experiment.comparison import Comparison, all_stages
+    from megabts.experiment.comparison import Comparison
     from megabts.experiment.comparison_results import collect, markdown, write_comparison
     from megabts.experiment.recipe import find_corpora
+    from megabts.experiment.studies import all_stages
     from megabts.runtime.device import num_cores
     from megabts.runtime.stages import run_stages
 
@@ -45,11 +52,13 @@ def main() -> int:
         raise UsageError(f"--preset {args.preset} is none of {', '.join(presets)}")
     out = args.out or default_out(args.data, args.preset)
     domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
+    flags = {"ablations": args.ablations, "cross-capability": args.cross_capability, "changes": args.changes}
+    studies = tuple(name for name, asked in flags.items() if asked)
     comparisons = [
         Comparison(
             *(out / f"seed{seed}", args.data or out / "corpora", domains, args.minutes, seed, args.vocab_size),
             preset=args.preset,
-            ablations=args.ablations,
+            studies=studies,
         )
         for seed in seeds
     ]

@@ -114,11 +114,11 @@ class Experiment:
         stages = []
         if built_in:
             arguments = ("--out", self.corpora, "--seed", str(self.seed))
-            stages.append(_stage(self.data, "corpora", "build the corpora", "build_corpora.py", *arguments))
+            stages.append(data_stage(self, "corpora", "build the corpora", "build_corpora.py", *arguments))
             needs = ("corpora",)
         train: list[str | Path] = [self._file(domain, "train") for domain in self.domains]
-        tokenizer = _stage(
-            self.data,
+        tokenizer = data_stage(
+            self,
             "tokenizer",
             "train the tokenizer",
             "train_tokenizer.py",
@@ -127,23 +127,18 @@ class Experiment:
             *("--vocab-size", str(self.vocab_size), "--bytes-per-file", str(TOKENIZER_BYTES)),
             needs=needs,
         )
-        return [*stages, tokenizer, *(self._preprocess(domain, split) for domain in self.domains for split in SPLITS)]
+        return [*stages, tokenizer, *self._preprocess_stages()]
 
     def _file(self, domain: str, split: str) -> Path:
         plain = self.corpora / domain / f"{split}.jsonl"
         return plain if plain.exists() else plain.with_suffix(".jsonl.gz")
 
-    def _preprocess(self, domain: str, split: str) -> Stage:
-        return _stage(
-            self.data,
-            f"data-{domain}-{split}",
-            f"tokenize {domain} {split}",
-            "preprocess_data.py",
-            *("--input", self._file(domain, split)),
-            *("--output-prefix", str(self.prefix(domain, split)).removesuffix("_text_document")),
-            *("--tokenizer", self.data / "tokenizer", "--append-eod", "--workers", "1"),
-            needs=("tokenizer",),
-        )
+    def _preprocess_stages(self) -> list[Stage]:
+        return [
+            preprocess_stage(self, domain, split, self._file(domain, split), ("tokenizer",))
+            for domain in self.domains
+            for split in SPLITS
+        ]
 
     def train(
         self,
@@ -190,6 +185,26 @@ class Experiment:
         arguments = [item for member in members for item in ("--member", member)]
         out = self.run_dir("soup")
         return self.stage("soup", "average the members", "merge.py", "soup", *arguments, "--out", out, needs=needs)
+
+
+def data_stage(
+    experiment: Experiment, name: str, title: str, tool: str, *arguments: str | Path, **options: object
+) -> Stage:
+    """A command whose result is of the data alone."""
+    return _stage(experiment.data, name, title, tool, *arguments, **options)
+
+
+def preprocess_stage(experiment: Experiment, domain: str, split: str, file: Path, needs: tuple[str, ...]) -> Stage:
+    """A domain's split, tokenized."""
+    return data_stage(
+        experiment,
+        f"data-{domain}-{split}",
+        f"tokenize {domain} {split}",
+        "preprocess_data.py",
+        *("--input", file, "--output-prefix", str(experiment.prefix(domain, split)).removesuffix("_text_document")),
+        *("--tokenizer", experiment.data / "tokenizer", "--append-eod", "--workers", "1"),
+        needs=needs,
+    )
 
 
 def _stage(out: Path, name: str, title: str, tool: str, *arguments: str | Path, **options: object) -> Stage:

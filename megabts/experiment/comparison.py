@@ -56,11 +56,12 @@ class Comparison(Experiment):
     """All methods from one seed; `out` is a folder below the one that holds the data of all seeds."""
 
     preset: str = "tiny"
-    ablations: bool = False
+    studies: tuple[str, ...] = ()
+    """What is added: of ablations, cross-capability, changes."""
 
     kind = "compare"
     full_minutes = 60
-    free = ("ablations",)
+    free = ("studies",)
 
     @property
     def configs(self) -> Path:
@@ -80,7 +81,7 @@ class Comparison(Experiment):
     @property
     def stitched(self) -> dict[str, dict[str, str]]:
         """The stitched models: name -> settings."""
-        if not self.ablations:
+        if "ablations" not in self.studies:
             return STITCHED
         layers = str(self.config("seed").model.num_layers)
         forms = {
@@ -125,8 +126,8 @@ class Comparison(Experiment):
             made = self._upcycle(name, needs, *arguments)
             begin = ("--checkpoint.init_from", self.run_dir(f"{name}-start"))
             stages += [made, self.train(name, "moe", stitch, (made.name,), *begin)]
-        stages += [self._stitch(name, settings, branched) for name, settings in self.stitched.items()]
-        return [*stages, *(self._evaluate(name) for name in self.models)]
+        stages += [self.stitch(name, settings, branched) for name, settings in self.stitched.items()]
+        return [*stages, *(self.evaluate(name, name) for name in self.models)]
 
     def compute_matched_steps(self) -> int:
         """Steps in which the dense model does as many operations as all experts and the paper's stitches together."""
@@ -158,24 +159,35 @@ class Comparison(Experiment):
         members = [item for key, path in self.members.items() for item in ("--member", f"{key}={path}")]
         return self.stage("btm", "make btm", "merge.py", "btm", *members, "--out", self.run_dir("btm"), needs=needs)
 
-    def _stitch(self, name: str, settings: dict[str, str], needs: tuple[str, ...]) -> Stage:
+    def stitch(
+        self, name: str, settings: dict[str, str], needs: tuple[str, ...], mixture: dict[str, float] | None = None
+    ) -> Stage:
+        """Training of stitches that differ from the paper's form by `settings` (`hub`: an expert; `without`: one)."""
         experts, hub = dict(self.experts), self.run_dir("seed")
         if "hub" in settings:
             experts = {"seed": hub, **experts}
             hub = experts.pop(settings["hub"])
-        forms = [item for key, value in settings.items() if key != "hub" for item in (f"--bts.{key}", value)]
+        if "without" in settings:
+            experts.pop(settings["without"])
+        forms = [
+            item for key, value in settings.items() if key not in ("hub", "without") for item in (f"--bts.{key}", value)
+        ]
         members = ("--bts.hub", hub, "--bts.experts", self._paths(experts))
-        return self.train(name, "stitch", self.mixtures.stitch, needs, *members, *forms)
+        return self.train(name, "stitch", mixture or self.mixtures.stitch, needs, *members, *forms)
 
-    def _evaluate(self, model: str) -> Stage:
+    def evaluate(
+        self, name: str, model: str, *arguments: str, domains: Sequence[str] = (), needs: tuple[str, ...] = ()
+    ) -> Stage:
+        """Losses of `model`, kept under `name`, on the windows of `domains` (all)."""
         return self.stage(
-            f"evaluate-{model}",
-            f"evaluate {model}",
+            f"evaluate-{name}",
+            f"evaluate {name}",
             "evaluate.py",
-            *("--checkpoint", self.run_dir(model), "--json", self.losses(model), "--protocol", "documents"),
+            *("--checkpoint", self.run_dir(model), "--json", self.losses(name), "--protocol", "documents"),
             *("--samples", str(WINDOWS), "--seq-length", str(self.config("seed").data.seq_length)),
-            *("--data", *(f"{domain}={self.prefix(domain, 'valid')}" for domain in self.domains)),
-            needs=(model,),
+            *("--data", *(f"{domain}={self.prefix(domain, 'valid')}" for domain in domains or self.domains)),
+            *arguments,
+            needs=(model, *needs),
         )
 
     @staticmethod
@@ -183,13 +195,15 @@ class Comparison(Experiment):
         return json.dumps({name: str(folder) for name, folder in folders.items()})
 
 
-def all_stages(comparisons: Sequence[Comparison], *, built_in: bool) -> list[Stage]:
-    """The data, then every seed's stages, each with its seed in its name."""
-    data = comparisons[0].data_stages(built_in=built_in)
-    stages, ready = list(data), tuple(stage.name for stage in data)
-    for comparison in comparisons:
-        prefix = f"seed {comparison.seed}: "
-        for stage in comparison.stages():
-            needs = tuple(prefix + need for need in stage.needs) or ready
-            stages.append(replace(stage, name=prefix + stage.name, title=prefix + stage.title, needs=needs))
-    return stages
+def of_seed(stages: Sequence[Stage], seed: int, ready: Sequence[str]) -> list[Stage]:
+    """The same stages with the seed in their names; `ready`: stages of all seeds, needed by those that need nothing."""
+    prefix = f"seed {seed}: "
+    return [
+        replace(
+            stage,
+            name=prefix + stage.name,
+            title=prefix + stage.title,
+            needs=tuple(need if need in ready else prefix + need for need in stage.needs) or tuple(ready),
+        )
+        for stage in stages
+    ]

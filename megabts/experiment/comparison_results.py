@@ -20,6 +20,7 @@ from megabts.config.load import from_yaml
 from megabts.config.run import RunConfig
 from megabts.evaluation.windows import MIXED
 from megabts.experiment.comparison import Comparison
+from megabts.experiment.studies import ADDED, ADDED_START, CROSS, FEW, cross_names
 from megabts.runtime.metrics import read_metrics
 
 Comparisons = Sequence[Comparison]
@@ -30,7 +31,7 @@ UNTRAINED = ("soup", "btm")
 def collect(comparisons: Comparisons) -> dict[str, Any]:
     """The content of `comparison.json`, from the finished stages of one comparison per seed."""
     first = comparisons[0]
-    return {
+    result = {
         "domains": list(first.domains),
         "seeds": [comparison.seed for comparison in comparisons],
         "minutes": first.minutes,
@@ -38,23 +39,53 @@ def collect(comparisons: Comparisons) -> dict[str, Any]:
         "methods": {name: _method(comparisons, name) for name in first.models},
         "oracle": _oracle(comparisons),
     }
+    if "cross-capability" in first.studies:
+        names = {name: name.removeprefix(f"{CROSS}, ") for name in cross_names(first)}
+        result["cross-capability"] = {
+            short_name: _measured(comparisons, name, (CROSS,)) for name, short_name in names.items()
+        }
+    if "changes" in first.studies:
+        changed = ("bts", *(f"bts without {domain}" for domain in first.experts), FEW, ADDED_START, ADDED)
+        result["changes"] = {name: _measured(comparisons, name, first.domains) for name in changed}
+        result["added"] = _added(comparisons)
+    return result
 
 
-def _method(comparisons: Comparisons, name: str) -> dict[str, Any]:
+def _measured(comparisons: Comparisons, name: str, domains: Sequence[str]) -> dict[str, Any]:
+    """Losses of one model per domain, their average, and its spread over seeds."""
     found = [_losses(comparison, name) for comparison in comparisons]
-    domains = comparisons[0].domains
     averages = [_average(losses, domains) for losses in found]
-    trained, total, active = parameters(comparisons[0], name)
-    costs = [_cost(comparison, name) for comparison in comparisons]
-    tokens, flops, seconds = (statistics.mean(column) for column in zip(*costs))
     return {
         "losses": {domain: statistics.mean(losses[domain]["loss"] for losses in found) for domain in domains},
         "average": statistics.mean(averages),
         "spread": _spread(averages),
         "averages": averages,
+        "by_position": _positions([losses[domain] for losses in found for domain in domains]),
+    }
+
+
+def _added(comparisons: Comparisons) -> dict[str, Any]:
+    """The expert added last, and its domain's validation loss, mean over seeds, after so many tokens."""
+    *_, domain = comparisons[0].experts
+    curves = []
+    for comparison in comparisons:
+        steps, valid = read_metrics(comparison.run_dir(ADDED))
+        tokens = {row["step"]: row["tokens"] * row["step"] for row in steps}
+        curves.append([(tokens[row["step"]], row["valid"][domain]) for row in valid])
+    means = [(column[0][0], statistics.mean(loss for _, loss in column)) for column in zip(*curves, strict=True)]
+    return {"expert": domain, "losses": means}
+
+
+def _method(comparisons: Comparisons, name: str) -> dict[str, Any]:
+    found = [_losses(comparison, name) for comparison in comparisons]
+    measured = _measured(comparisons, name, comparisons[0].domains)
+    trained, total, active = parameters(comparisons[0], name)
+    costs = [_cost(comparison, name) for comparison in comparisons]
+    tokens, flops, seconds = (statistics.mean(column) for column in zip(*costs))
+    return {
+        **measured,
         "mixed": statistics.mean(losses[MIXED]["loss"] for losses in found),
         "mixed_spread": _spread([losses[MIXED]["loss"] for losses in found]),
-        "by_position": _positions([losses[domain] for losses in found for domain in domains]),
         "mixed_by_position": _positions([losses[MIXED] for losses in found]),
         "trained_params": trained,
         "total_params": total,
@@ -141,18 +172,35 @@ def markdown(result: dict[str, Any]) -> str:
     best = min(entry["average"] for entry in methods.values())
     losses = [["method", *domains, "average", "mixed texts"]]
     for name, entry in methods.items():
-        average = f"{entry['average']:.3f} ± {entry['spread']:.3f}"
+        average = _with_spread(entry)
         bold = "**" if entry["average"] == best else ""
         row = [name, *(f"{entry['losses'][domain]:.3f}" for domain in domains), f"{bold}{average}{bold}"]
         losses.append([*row, f"{entry['mixed']:.3f}"])
     oracle = result["oracle"]
     row = ["*oracle*", *(f"{oracle['losses'][domain]:.3f}" for domain in domains)]
-    losses.append([*row, f"{oracle['average']:.3f} ± {oracle['spread']:.3f}", ""])
+    losses.append([*row, _with_spread(oracle), ""])
     costs = [["method", "trained", "total", "active", "tokens", "FLOPs", "seconds"]]
     for name, entry in methods.items():
         counts = [short(entry[f"{kind}_params"]) for kind in ("trained", "total", "active")]
         costs.append([name, *counts, short(entry["tokens"]), f"{entry['flops']:.2e}", f"{entry['seconds']:.0f}"])
-    return f"{_table(losses)}\n\n{_table(costs)}\n"
+    tables = [_table(losses), _table(costs)]
+    if "cross-capability" in result:
+        rows = [["model", "math in code"]]
+        rows += [[name, _with_spread(entry)] for name, entry in result["cross-capability"].items()]
+        tables.append(_table(rows))
+    if "changes" in result:
+        rows = [["model", *domains, "average"]]
+        for name, entry in result["changes"].items():
+            rows.append([name, *(f"{entry['losses'][domain]:.3f}" for domain in domains), _with_spread(entry)])
+        tables.append(_table(rows))
+        curve = [("tokens", f"loss on {result['added']['expert']}")]
+        curve += [(f"{tokens:,}", f"{loss:.3f}") for tokens, loss in result["added"]["losses"]]
+        tables.append(_table(curve))
+    return "\n\n".join(tables) + "\n"
+
+
+def _with_spread(entry: dict[str, Any]) -> str:
+    return f"{entry['average']:.3f} ± {entry['spread']:.3f}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
