@@ -34,7 +34,7 @@ class ParallelConfig:
     cuts: list[int] = field(default_factory=list)
     """Layers before each boundary between stages, pipeline * chunks - 1 ascending numbers; empty: balanced by cost."""
     expert: int = 1
-    """Expert-parallel ranks: members side by side."""
+    """Expert-parallel ranks: of a BTS model members side by side, of mixtures ffn experts, on different samples."""
     exchange: Literal["auto", "gather", "reduce"] = "auto"
     """How Experts-into-Hub layers meet over expert ranks: the hub gathers every expert's state, or sums are reduced
     to it, whose bytes do not grow with the number of experts. auto: gather up to 3 experts."""

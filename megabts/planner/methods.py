@@ -39,7 +39,7 @@ def _bts_flops(config: RunConfig) -> float:
 
 
 def _btx(active: Active) -> Method:
-    note = "an estimate: BTX of the same members, with ffn experts over ep, which method moe does not do"
+    note = "an estimate: BTX of the same members, with ffn experts over ep"
     return Method(partial(btx_parts, active), partial(btx_costs, active), partial(btx_flops, active), True, note)
 
 

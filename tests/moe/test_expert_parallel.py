@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "topk": {},
     "sample": {"moe.routing": "sample", "moe.balance": 0.1, "train.recompute": "selective"},
     "soft, frozen": {"moe.routing": "soft", "moe.freeze_ffn_experts": True, "train.recompute": "full"},
+    "adapters": {},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"expert": 2}),
@@ -51,6 +52,8 @@ def arguments(folder: Path, run_dir: Path, model: str, layout: str = "one") -> l
     parallel = LAYOUTS[layout][1] if layout in LAYOUTS else {}
     settings = MODELS[model] | {f"parallel.{name}": value for name, value in parallel.items()}
     validation = {"data.valid": f"{{short: {folder / 'ids'}}}", "train.valid_every": 1, "train.valid_samples": 5}
+    if model == "adapters":
+        settings["checkpoint.init_from"] = folder / "adapters"
     return command(folder, run_dir, "topk", settings | validation)
 
 
@@ -75,11 +78,13 @@ def work(rank: int, jobs: list[Job], again: list[Job]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of four members, and its runs on all layouts."""
+    """Models of four members, and their runs on all layouts."""
     folder = tmp_path_factory.mktemp("moe")
     make_ids(folder / "ids")
     members = write_members(folder, "seed", "code", "math", "more", **SIZES)
     assemble.upcycle(RunConfig(moe=MoEConfig(members)), folder / "moe")
+    adapters = MoEConfig(members, attention_experts=True, adapters=True)
+    assemble.upcycle(RunConfig(moe=adapters), folder / "adapters")
     one = folder / "one" / "topk"
     for model in MODELS:
         assert train(arguments(folder, folder / "one" / model, model)) == 0
