@@ -20,6 +20,7 @@ from megabts.parallel.collectives import (
     gather_sum,
     reduce,
     reduce_scatter,
+    send_rows,
     split,
 )
 from megabts.parallel.mesh import AXES, Axis, ParallelMesh, build_mesh, degrees
@@ -59,6 +60,7 @@ GRIDS: list[dict[str, Any]] = [
     {"pipeline": 2, "tensor": 2},
     {"pipeline": 2},
     {"expert": 4},
+    {"expert": 2},
 ]
 
 
@@ -68,8 +70,10 @@ def show_groups(rank: int) -> list[dict[str, Any]]:
     for grid in GRIDS:
         mesh = build_mesh(ParallelConfig(**grid, timeout=7), 4, rank)
         shown: dict[str, Any] = {"rank": mesh.rank, "world": mesh.world_size}
-        for name in AXES:
-            axis = mesh.axis(name)
+        routed = mesh.routed
+        shown["routed"] = (routed.rank, routed.world_size, routed.pp, routed.tp) == (mesh.rank, 4, mesh.pp, mesh.tp)
+        parts = {"data": routed.dp, "experts": routed.experts, "replicas": routed.replicas, "members": routed.ep}
+        for name, axis in [*((name, mesh.axis(name)) for name in AXES), *parts.items()]:
             members = [rank] if axis.group is None else dist.get_process_group_ranks(axis.group)
             if axis.group is not None:  # a group does not inherit the time-out
                 assert axis.group._get_backend(torch.device("cpu")).options._timeout == collective_timeout(7)
@@ -86,11 +90,15 @@ def test_groups_of_four_real_ranks() -> None:
         2: {"tp": [[0, 1], [2, 3]], "pp": [[0, 2], [1, 3]]},
         3: {"dp": [[0, 1], [2, 3]], "pp": [[0, 2], [1, 3]]},
         4: {"ep": [[0, 1, 2, 3]]},
+        5: {"ep": [[0, 1], [2, 3]], "dp": [[0, 2], [1, 3]], "data": [[0, 1, 2, 3]]},
     }
+    for lines in expected.values():
+        lines |= {"experts": lines.get("ep", []), "replicas": lines.get("dp", [])}
+        lines.setdefault("data", lines.get("ep") or lines.get("dp") or [])
     for rank, grids in enumerate(run_ranks(4, show_groups)):
         for number, shown in enumerate(grids):
-            assert (shown["rank"], shown["world"]) == (rank, 4)
-            for name in AXES:
+            assert (shown["rank"], shown["world"], shown["routed"]) == (rank, 4, True)
+            for name in (*AXES, "data", "experts", "replicas", "members"):
                 line = next((x for x in expected[number].get(name, []) if rank in x), [rank])
                 assert shown[name] == (line, rank, len(line), sum(10**r for r in line)), (GRIDS[number], name)
 
@@ -105,7 +113,13 @@ def use_collectives(rank: int) -> dict[str, Tensor]:
     sizes = [2, 1, 3]
     part = torch.full((2, sizes[rank]), float(rank))
     largest = all_reduce(torch.tensor([float(rank)]), axis, dist.ReduceOp.MAX)
+    numbers = [(rank + other) % 3 for other in range(3)]  # rows sent to and received from
+    rows = torch.tensor([[10.0 * rank + to] for to in range(3) for _ in range(numbers[to])], requires_grad=True)
+    came = send_rows(rows, numbers, numbers, axis)
+    (rows_grad,) = torch.autograd.grad(came, rows, came.detach() + 100 * rank)
     return {
+        "came": came.detach().flatten(),
+        "rows_grad": rows_grad.flatten(),
         "copied": copied.detach(),
         "copied_grad": copied_grad,
         "reduced": reduced.detach(),
@@ -119,6 +133,9 @@ def use_collectives(rank: int) -> dict[str, Tensor]:
 
 def test_collectives_and_their_duals() -> None:
     for rank, found in enumerate(run_ranks(3, use_collectives)):
+        pairs = [(rank, other) for other in range(3) for _ in range((rank + other) % 3)]
+        assert found["came"].tolist() == [10.0 * other + me for me, other in pairs]
+        assert found["rows_grad"].tolist() == [10.0 * me + other + 100 * other for me, other in pairs]
         assert found["input"].tolist() == [rank + 1.0] * 2
         assert found["copied"].tolist() == [rank + 1.0] * 2
         assert found["copied_grad"].tolist() == [6.0, 6.0]
