@@ -111,13 +111,12 @@ def curve_figure(curves: Sequence[Curve], domains: Sequence[str], colours: dict[
 
 def strokes(curves: Sequence[Curve], colours: dict[str, str]) -> list[tuple[str, float]]:
     """The (dashes, opacity) of each curve: the n-th curve of one colour takes the n-th of `STROKES`."""
-    seen: dict[str, int] = {}
-    out = []
-    for curve in curves:
-        colour = run_colour(curve.name, colours)
-        out.append(STROKES[seen.get(colour, 0) % len(STROKES)])
-        seen[colour] = seen.get(colour, 0) + 1
-    return out
+    return strokes_of([run_colour(curve.name, colours) for curve in curves])
+
+
+def strokes_of(colours: Sequence[str]) -> list[tuple[str, float]]:
+    """The n-th line of one colour takes the n-th of `STROKES`."""
+    return [STROKES[colours[:i].count(colour) % len(STROKES)] for i, colour in enumerate(colours)]
 
 
 def _draw_curve(axes: Axes, curve: Curve, domains: Sequence[str], colour: str, stroke: tuple[str, float]) -> None:
