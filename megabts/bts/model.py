@@ -90,7 +90,9 @@ class BTSModel(nn.Module):
                 if any(chunk.start < flow.point.after <= chunk.stop for chunk in part.chunks)
             }
         )
-        self.output = OutputMixture(bts.members, config.hidden_size, backend) if self.mixes and part.head else None
+        self.output = None
+        if self.mixes and part.head:
+            self.output = OutputMixture(bts.members, config.hidden_size, bts.evidence, backend)
         if "*" not in bts.trainable:
             freeze(p for name, p, _ in self.own_parameters() if member_of(name) not in bts.trainable)
         self._observers: list[GateObserver] = []
@@ -157,9 +159,9 @@ class BTSModel(nn.Module):
 
         Or [b, 1, V] after the `last` position (s' = s). A mixture's, from [members, s', b, D], are log-probabilities.
         """
-        ep, hidden = self.placement.ep, hidden[:, -1:] if last else hidden
         if self.output is not None:
-            return self.output.logits(self._decoders(), hidden)
+            return self.output.logits(self._decoders(), hidden, context, last=last)
+        ep, hidden = self.placement.ep, hidden[:, -1:] if last else hidden
         if ep.size == 1:
             return self.hub.logits(hidden[0])
         _, slice_length, b, _ = hidden.shape
@@ -174,7 +176,7 @@ class BTSModel(nn.Module):
         On other ranks 0, to be run backward like the hub's: that runs their part of the exchanges.
         """
         if self.output is not None:
-            return self.output.loss(self._decoders(), hidden, labels, mask)
+            return self.output.loss(self._decoders(), hidden, labels, mask, context)
         if self.placement.has_hub:
             return self.hub.loss(hidden[0], labels, mask)
         return hidden.sum(dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)

@@ -46,6 +46,7 @@ def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
     if bts.output == "mixture":
         heads = n + 1
         owned = {name: count + d for name, count in owned.items()}
+        owned[HUB] += bts.evidence
     trained = sum(count for name, count in owned.items() if name in bts.trainable or "*" in bts.trainable)
     paper_trained = bts.num_stitch_layers * (2 * n + 1) * d * d
     output = d + (0 if model.tie_embeddings else model.vocab_size * d)

@@ -37,12 +37,18 @@ class BTSConfig:
     output: Literal["hub", "mixture"] = "hub"
     """What the model answers with: the hub's head (paper), or the members' probabilities through their own heads,
     mixed per token by a trained gate."""
+    evidence: int = 0
+    """With output=mixture: how many tokens back the gate reads how likely each member found them; 0: none."""
     trainable: list[str] = field(default_factory=lambda: ["*"])
     """Which members' projections and gate slices train: member names or "*" for all."""
 
     def __post_init__(self) -> None:
         if self.num_stitch_layers < 1:
             raise UsageError(f"bts.num_stitch_layers is {self.num_stitch_layers}; it must be at least 1")
+        if self.evidence < 0 or (self.evidence and self.output != "mixture"):
+            raise UsageError(
+                f"bts.evidence is {self.evidence} with bts.output {self.output}; it is a number of tokens, of a mixture"
+            )
         if self.projection_rank < 0:
             raise UsageError(f"bts.projection_rank is {self.projection_rank}; give a rank, or 0 for full matrices")
         if not 0 <= self.gate_dropout < 1:

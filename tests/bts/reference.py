@@ -149,25 +149,54 @@ def reference_logits(
                     for t in range(len(ids))
                 ]
                 states = [[column[member] for column in columns] for member in range(len(names))]
-        rows.append(torch.stack([answer([x[t] for x in states], weights, model, bts) for t in range(len(ids))]))
+        rows.append(torch.stack(answers(ids, states, weights, model, bts)))
     return torch.stack(rows)
 
 
-def answer(h: list[Tensor], weights: Weights, model: ModelConfig, bts: BTSConfig) -> Tensor:
-    """Logits [V] of one token's last states: the hub's, or the logarithm of the members' mixed probabilities."""
+def answers(
+    ids: list[int], states: list[list[Tensor]], weights: Weights, model: ModelConfig, bts: BTSConfig
+) -> list[Tensor]:
+    """Logits [V] of every position, from the members' last states, given the tokens read there."""
+    out: list[Tensor] = []
+    known: list[list[Tensor]] = []  # of every token read, the log-probability that each member gave it
+    for t, token in enumerate(ids):
+        columns = [x[t] for x in states]
+        zero = torch.zeros((), dtype=columns[0].dtype)
+        known.append([zero for _ in columns] if t == 0 else [powers[token].log() for powers in following])
+        evidence = [zero for _ in columns]
+        for j in range(min(bts.evidence, t + 1)):
+            tap = weights["output.evidence"][j]
+            evidence = [e + tap * k.detach() for e, k in zip(evidence, known[t - j], strict=True)]
+        logits, following = answer(columns, weights, model, bts, evidence)
+        out.append(logits)
+    return out
+
+
+def answer(
+    h: list[Tensor], weights: Weights, model: ModelConfig, bts: BTSConfig, evidence: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits [V] of one token's last states: the hub's, or the logarithm of the members' mixed probabilities.
+
+    Also the members' probabilities [V].
+    """
     names = ["hub", *(bts.experts if bts.output == "mixture" else ())]
     normed = [
         rms_norm(x, weights[f"members.{name}.final_norm.weight"], model.norm_eps)
         for name, x in zip(names, h, strict=False)
     ]
     if bts.output == "hub":
-        return weights["members.hub.head.weight"] @ normed[0]
-    gates = softmax([weights[f"output.gates.{name}.weight"][0] @ normed[0] for name in names])
+        logits = weights["members.hub.head.weight"] @ normed[0]
+        return logits, [logits.softmax(-1)] * len(h)
+    gates = softmax(
+        [weights[f"output.gates.{name}.weight"][0] @ normed[0] + e for name, e in zip(names, evidence, strict=True)]
+    )
+    spoken = []
     mixed = torch.zeros(model.vocab_size, dtype=h[0].dtype)
     for name, gate, state in zip(names, gates, normed, strict=True):
         powers = torch.exp(weights[f"members.{name}.head.weight"] @ state)
-        mixed = mixed + gate * powers / powers.sum()
-    return torch.log(mixed)
+        spoken.append(powers / powers.sum())
+        mixed = mixed + gate * spoken[-1]
+    return torch.log(mixed), spoken
 
 
 def reference_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

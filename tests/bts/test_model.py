@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, bool]]]] = {
         {"num_stitch_layers": 2, "output": "mixture", "expert_stream": "unchanged"},
         [(2, HIE), (5, EIH)],
     ),
+    "mixture, evidence": ({"num_stitch_layers": 3, "output": "mixture", "evidence": 3}, [(1, EIH), (2, HIE), (5, EIH)]),
     "token gates": ({"num_stitch_layers": 3, "gate": "token"}, [(1, EIH), (2, HIE), (5, EIH)]),
     "normalised gate input": ({"num_stitch_layers": 2, "gate_input": "normalised"}, [(2, HIE), (5, EIH)]),
     "low rank": ({"num_stitch_layers": 3, "projection_rank": 3}, [(1, EIH), (2, HIE), (5, EIH)]),
@@ -78,8 +79,9 @@ def test_against_loops(case: str) -> None:
     logits, loss, gradients = reference(model, plan, dict(model.named_parameters()))
     hidden = run(model, TOKENS)
     assert hidden.shape == (model.num_members if model.mixes else 1, 6, 2, 16)
-    assert relative_error(model.logits(hidden), logits) < 2e-5
-    ours = model.loss(hidden, LABELS, MASK)
+    context = make_context(model.config, torch.arange(6), model.dtype, tokens=TOKENS)
+    assert relative_error(model.logits(hidden, context), logits) < 2e-5
+    ours = model.loss(hidden, LABELS, MASK, context)
     assert abs(ours.item() / loss.item() - 1) < 2e-5
     ours.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
