@@ -19,6 +19,7 @@ from megabts.viz.comparison_figures import (
     Levels,
     Line,
     Point,
+    added_figure,
     bar_figure,
     cost_figure,
     family,
@@ -53,6 +54,8 @@ def _page(result: dict[str, Any]) -> str:
         columns=[*result["domains"], AVERAGE, MIXED],
         lead=lead(result, methods),
         rows=_rows(result, methods),
+        studies=[*_cross(result), *_changes(result)],
+        added=_added(result),
         ablations=_rows(result, _with_references(methods, ablations)) if ablations else [],
         numbers={name: number for number, name in enumerate(names, 1)},
         methods=result["methods"],
@@ -139,6 +142,54 @@ def _spreads(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         name: {AVERAGE: method["spread"], MIXED: method["mixed_spread"]} for name, method in result["methods"].items()
     }
     return {**found, ORACLE: {AVERAGE: result["oracle"]["spread"]}}
+
+
+@dataclass
+class Study:
+    """A table of its own: heading, note, columns, rows, each row's spread by column, the row the others are shaded by."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[Row]
+    spreads: dict[str, dict[str, float]]
+    base: str
+
+
+def _cross(result: dict[str, Any]) -> list[Study]:
+    """Losses on a task that needs two experts, where the comparison had one."""
+    found = result.get("cross-capability", {})
+    if not found:
+        return []
+    note = "Math in code, which no expert knows alone. “With some”: trained with a little of it in the stitches' data."
+    losses = {name: [entry["average"]] for name, entry in _by_average(found).items()}
+    spreads = {name: {"math in code": entry["spread"]} for name, entry in found.items()}
+    title = "A task for two experts"
+    return [Study(title, note, ["math in code"], compare_losses(losses, SEED, []), spreads, SEED)]
+
+
+def _changes(result: dict[str, Any]) -> list[Study]:
+    """Losses of the stitched model with experts taken out and put in, where the comparison did that."""
+    found, domains = result.get("changes", {}), result["domains"]
+    if not found:
+        return []
+    note = (
+        "The stitched model without each expert, nothing trained anew; one stitched without the last expert "
+        "(bts-few), that expert added to it (bts-added-start), and the added slices trained (bts-added). "
+        "Differences are to the whole model, bts."
+    )
+    losses = {name: [*(entry["losses"][d] for d in domains), entry["average"]] for name, entry in found.items()}
+    spreads = {name: {AVERAGE: entry["spread"]} for name, entry in found.items()}
+    rows = compare_losses(losses, "bts", [])
+    return [Study("Experts taken out and put in", note, [*domains, AVERAGE], rows, spreads, "bts")]
+
+
+def _added(result: dict[str, Any]) -> list[tuple[str, Markup]]:
+    if "added" not in result:
+        return []
+    expert = result["added"]["expert"]
+    title = f"Loss on {expert} while the added expert's slices train"
+    return [(title, Markup(added_figure(result["added"]["losses"], title)))]
 
 
 def _points(result: dict[str, Any], methods: dict[str, Method]) -> Callable[..., list[Point]]:

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megabts.viz.figures import INK, LINE, MUTED, STYLE, WIDTH, short_count, strokes_of, to_svg
 from megabts.viz.labels import Box, name_ends, pixels_per_point, write_labels
@@ -229,3 +230,19 @@ def position_figure(lines: Sequence[Line], seed: Sequence[tuple[int, float]], ti
         axes.tick_params(length=0)
         name_ends(axes, stretches[-1], ends)
         return to_svg(figure, f"{title}: " + ", ".join(line.name for line in lines))
+
+
+def added_figure(losses: Sequence[tuple[float, float]], title: str) -> str:
+    """SVG of (tokens, loss) while an added expert's slices train."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        colour, mark, _ = FAMILIES["stitched"]
+        tokens, heights = [count for count, _ in losses], [loss for _, loss in losses]
+        axes.plot(tokens, heights, f"{mark}-", color=colour, markersize=3.6, markeredgewidth=0, linewidth=1.5)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("loss, nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_count(count)))
+        axes.tick_params(length=0)
+        return to_svg(figure, title)

@@ -77,3 +77,22 @@ def realistic_result(seeds: int = 3) -> dict[str, Any]:
         "methods": methods,
         "oracle": oracle,
     }
+
+
+def with_studies(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with a task for two experts, and experts taken out and put in."""
+    methods = result["methods"]
+    cross = {name: {"average": entry["average"] + 0.4, "spread": 0.01} for name, entry in methods.items()}
+    cross["bts with some"] = {"average": 1.9, "spread": 0.01}
+    bts = methods["bts"]["losses"]
+    changes = {"bts": bts, "bts without code": bts | {"code": 2.3}, "bts-few": bts | {"stories": 2.9}}
+    changes |= {"bts-added-start": bts | {"stories": 2.9}, "bts-added": bts | {"stories": 2.6}}
+    return {
+        **result,
+        "cross-capability": cross,
+        "changes": {
+            name: {"losses": losses, "average": sum(losses.values()) / 4, "spread": 0.01}
+            for name, losses in changes.items()
+        },
+        "added": {"expert": "stories", "losses": [(i * 270_000, 2.6 + 0.3 / (i + 1)) for i in range(16)]},
+    }

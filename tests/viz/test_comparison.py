@@ -11,7 +11,7 @@ import pytest
 from megabts.viz.comparison import ranked, write_page
 from megabts.viz.comparison_figures import Levels, Line, Point, bar_figure, cost_figure, family, position_figure
 from megabts.viz.labels import spread_out
-from tests.viz.comparison_fakes import DOMAINS, METHODS, realistic_result
+from tests.viz.comparison_fakes import DOMAINS, METHODS, realistic_result, with_studies
 from tests.viz.pages import Page, check_offline
 from tests.viz.test_figures import texts_of
 
@@ -56,8 +56,9 @@ def test_losses_ranked_with_spread_and_difference(whole: tuple[str, Page]) -> No
     assert list(rows) == [*sorted(MAIN, key=lambda name: methods[name]["average"]), "oracle"]
     seed, bts = methods["seed"], methods["bts"]
     assert rows["seed"][:4] == [f"{seed['losses'][domain]:.3f}" for domain in DOMAINS]
-    for column, loss, start in ((0, bts["losses"]["general"], seed["losses"]["general"]),):
-        assert rows["bts"][column].replace("−", "-") == f"{loss:.3f} {100 * (loss / start - 1):+.1f}%"
+    for place, domain in enumerate(DOMAINS):
+        loss, start = bts["losses"][domain], seed["losses"][domain]
+        assert rows["bts"][place].replace("−", "-") == f"{loss:.3f} {100 * (loss / start - 1):+.1f}%"
     change = 100 * (bts["average"] / seed["average"] - 1)
     assert rows["bts"][4].replace("−", "-") == f"{bts['average']:.3f} ± {bts['spread']:.3f} {change:+.1f}%"
     assert rows["bts"][5].startswith(f"{bts['mixed']:.3f} ± {bts['mixed_spread']:.3f} ")
@@ -105,6 +106,23 @@ def test_costs(whole: tuple[str, Page]) -> None:
     assert rows["bts"] == ["530k", "17.3M", "17.3M", "4.1M", "1.51 × 10¹⁴", "5 min 50 s"]
     assert rows["btm"] == ["0", "16.8M", "16.8M", "0", "0", "1.4 s"]
     assert set(rows) == set(MAIN)
+
+
+def test_studies_have_sections_of_their_own(tmp_path: Path) -> None:
+    result = with_studies(realistic_result())
+    _, page = page_of(result, tmp_path)
+    assert not page.broken
+    assert page.headings[5:] == ["A task for two experts", "Experts taken out and put in", "Costs"]
+    cross, changes = table(page, 3), table(page, 4)
+    seed = result["cross-capability"]["seed"]["average"]
+    assert next(iter(cross)) == "bts with some"
+    assert [cell.replace("−", "-") for cell in cross["bts with some"]] == [f"1.900 ± 0.010 {190 / seed - 100:+.1f}%"]
+    assert list(changes) == list(result["changes"])
+    change = 230 / result["changes"]["bts"]["losses"]["code"] - 100
+    assert changes["bts without code"][1] == f"2.300 {change:+.1f}%"
+    assert "%" not in "".join(changes["bts"])
+    figures = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img"]
+    assert len(figures) == 2 + (len(DOMAINS) + 2) + 2 + 1
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
