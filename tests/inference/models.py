@@ -36,6 +36,8 @@ BTS: dict[str, dict[str, Any]] = {
     "unchanged": {"num_stitch_layers": 4, "alternating": False, "expert_stream": "unchanged"},
     "one": {"num_stitch_layers": 1},
     "preserving": {"num_stitch_layers": 5, "start": "hub_preserving"},
+    "mixture": {"num_stitch_layers": 2, "output": "mixture", "gate": "token"},
+    "evidence": {"num_stitch_layers": 2, "output": "mixture", "evidence": 3},
 }
 MODELS = [f"dense-{name}" for name in DENSE] + [f"bts-{name}" for name in BTS]
 
