@@ -1,0 +1,119 @@
+"""Results of a comparison from invented files: means, spreads, oracle, costs, and the Markdown tables."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabts.evaluation.windows import MIXED
+from megabts.experiment import comparison_results as results
+from megabts.experiment.comparison import Comparison
+from tests.viz.comparison_fakes import realistic_result, with_studies
+
+DOMAINS = ("general", "code", "math")
+# Seed of the comparison -> model -> loss per domain.
+LOSSES = {
+    0: {"seed": (2.0, 3.0, 4.0), "expert-code": (2.5, 2.0, 4.5), "expert-math": (2.1, 3.5, 3.0)},
+    1: {"seed": (2.2, 3.2, 4.2), "expert-code": (1.9, 2.4, 4.5), "expert-math": (2.9, 3.5, 3.4)},
+}
+
+
+@pytest.fixture
+def comparisons(tmp_path: Path) -> list[Comparison]:
+    """Two seeds with evaluated members; experts are code and math."""
+    out = []
+    for seed, models in LOSSES.items():
+        comparison = Comparison(tmp_path / f"seed{seed}", tmp_path / "corpora", DOMAINS, 60, seed)
+        for name, losses in models.items():
+            measured = {
+                domain: {"loss": loss, "by_position": [[1, loss + 1], [2, loss + 0.5], [4, loss]]}
+                for domain, loss in zip((*DOMAINS, MIXED), (*losses, 5.0 + seed), strict=True)
+            }
+            comparison.losses(name).parent.mkdir(parents=True, exist_ok=True)
+            comparison.losses(name).write_text(json.dumps(measured))
+        out.append(comparison)
+    return out
+
+
+def test_losses_are_means_over_domains_then_seeds(comparisons: list[Comparison]) -> None:
+    assert list(comparisons[0].experts) == ["code", "math"]
+    found = results._measured(comparisons, "seed", DOMAINS)
+    assert found["losses"] == pytest.approx({"general": 2.1, "code": 3.1, "math": 4.1})
+    assert found["averages"] == pytest.approx([3.0, 3.2])
+    assert found["average"] == pytest.approx(3.1)
+    assert found["spread"] == pytest.approx(0.2 / 2**0.5)
+    places, losses = zip(*found["by_position"], strict=True)
+    assert places == (1, 2, 4)
+    assert losses == pytest.approx((4.1, 3.6, 3.1))
+
+
+def test_one_seed_has_no_spread(comparisons: list[Comparison]) -> None:
+    assert results._measured(comparisons[:1], "seed", DOMAINS)["spread"] == 0
+
+
+def test_the_oracle_chooses_anew_for_each_seed(comparisons: list[Comparison]) -> None:
+    oracle = results._oracle(comparisons)
+    # general: seed, then expert-code; code: expert-code; math: expert-math.
+    best = [(2.0, 2.0, 3.0), (1.9, 2.4, 3.4)]
+    assert list(oracle["losses"].values()) == pytest.approx([statistics.mean(column) for column in zip(*best)])
+    averages = [statistics.mean(row) for row in best]
+    assert oracle["average"] == pytest.approx(statistics.mean(averages))
+    assert oracle["spread"] == pytest.approx(statistics.stdev(averages))
+
+
+def test_costs_are_a_methods_own(comparisons: list[Comparison]) -> None:
+    comparison = comparisons[0]
+    done = comparison.out / "done"
+    done.mkdir()
+    for stage, seconds in (("bam-start", 2.5), ("bam", 40.0), ("soup", 1.5)):
+        (done / f"{stage}.json").write_text(json.dumps({"seconds": seconds}))
+    folder = comparison.run_dir("bam")
+    folder.mkdir(parents=True)
+    row = {"loss": 2.0, "tokens": 1024, "flops": 3e9}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **row}) + "\n" for step in (1, 2, 3)))
+    assert results._cost(comparison, "bam") == (3072, 9e9, 42.5)
+    assert results._cost(comparison, "soup") == (0, 0.0, 1.5)
+
+
+def cells(table: str) -> list[list[str]]:
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns are padded"
+    assert set(lines[1]) == {"|", "-"}
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def test_markdown_has_losses_and_costs() -> None:
+    result = realistic_result()
+    losses, costs = (cells(table) for table in results.markdown(result).strip().split("\n\n"))
+    methods = result["methods"]
+    assert losses[0] == ["method", *result["domains"], "average", "mixed texts"]
+    assert [row[0] for row in losses[1:]] == [*methods, "*oracle*"]
+    rows: dict[str, Any] = {row[0]: row[1:] for row in losses[1:]}
+    best = min(methods, key=lambda name: methods[name]["average"])
+    for name, entry in methods.items():
+        bold = "**" if name == best else ""
+        assert rows[name][4] == f"{bold}{entry['average']:.3f} ± {entry['spread']:.3f}{bold}"
+        assert rows[name][:4] == [f"{loss:.3f}" for loss in entry["losses"].values()]
+    assert rows["*oracle*"][-1] == ""
+    assert costs[0] == ["method", "trained", "total", "active", "tokens", "FLOPs", "seconds"]
+    assert {row[0]: row[1:] for row in costs}["bts"] == ["530.0k", "17.3M", "17.3M", "4.1M", "1.51e+14", "350"]
+
+
+def test_markdown_of_studies() -> None:
+    result = with_studies(realistic_result())
+    *_, cross, changes, curve = (cells(table) for table in results.markdown(result).strip().split("\n\n"))
+    assert cross[-1] == ["bts with some", "1.900 ± 0.010"]
+    assert [row[0] for row in changes[1:]] == list(result["changes"])
+    assert curve[0] == ["tokens", "loss on stories"]
+    assert curve[2] == ["270,000", "2.750"]
+
+
+def test_files_hold_the_result(tmp_path: Path) -> None:
+    result = with_studies(realistic_result(1))
+    written = results.write_comparison(result, tmp_path)
+    assert [path.name for path in written] == ["comparison.json", "comparison.md", "comparison.html"]
+    assert json.loads(written[0].read_text()) == json.loads(json.dumps(result))
+    assert written[1].read_text() == results.markdown(result)
+    assert "</html>" in written[2].read_text()
