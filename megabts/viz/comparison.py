@@ -146,7 +146,7 @@ def _spreads(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 @dataclass
 class Study:
-    """A table of its own: heading, note, columns, rows, spreads by row and column, the row that others are shaded by."""
+    """A table of its own: heading, note, columns, rows, spreads by row and column, the row to shade against."""
 
     title: str
     note: str
