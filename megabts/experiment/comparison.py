@@ -24,7 +24,12 @@ UPCYCLED: dict[str, tuple[str, ...]] = {
 
 STITCHED: dict[str, dict[str, str]] = {
     "bts": {},
-    "bts-mixture": {"output": "mixture"},
+    "bts-mixture": {
+        "output": "mixture",
+        "evidence": "64",
+        "gate_input": "normalised",
+        "expert_stream": "unchanged",
+    },
 }
 """Stitched models and how their settings differ from the paper's form."""
 
@@ -39,9 +44,10 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "bts, token gates": {"gate": "token"},
     "bts, normalised gate input": {"gate_input": "normalised"},
     "bts, low rank, K = L": {"num_stitch_layers": "8", "projection_rank": "32"},
-    "bts-mixture, token gates": {"output": "mixture", "gate": "token"},
-    "bts-mixture, stream unchanged": {"output": "mixture", "expert_stream": "unchanged"},
-    "bts-mixture, normalised gate input": {"output": "mixture", "gate_input": "normalised"},
+    "bts-mixture, no evidence": {"output": "mixture", "gate_input": "normalised", "expert_stream": "unchanged"},
+    "bts-mixture, nothing else": {"output": "mixture"},
+    "bts-mixture, token gates": {**STITCHED["bts-mixture"], "gate": "token"},
+    "bts-mixture, K = 1": {**STITCHED["bts-mixture"], "num_stitch_layers": "1"},
 }
 """The paper's ablations and forms beyond it; `--ablations` adds them."""
 
