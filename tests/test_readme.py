@@ -34,6 +34,7 @@ LAUNCHERS = {
     "pretrain_expert.sh": "train.py",
     "train_stitch.sh": "train.py",
     "quickstart.sh": "quickstart.py",
+    "compare.sh": "compare.py",
 }
 FOLDERS = ("megabts", "tools", "examples", "tests", "docs", ".ci")
 
@@ -75,7 +76,7 @@ def test_readme_chain_runs(repository: Path) -> None:
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert len(IndexedDataset(repository / "data" / "code_train_text_document")) > 100
     models = {path.parent.parent.name for path in repository.glob("runs/tiny/*/step_*/manifest.json")}
-    assert models >= {"seed", "code", "math", "prose", "bts", "bts3"}
+    assert models >= {"seed", "code", "math", "prose", "bts", "bts3", "btx"}
     without = from_yaml((repository / "runs/tiny/bts-without-code/config.yaml").read_text())
     assert sorted(without.bts.experts) == ["math", "prose"]
     rows = [line.split() for line in done.stdout.splitlines()]

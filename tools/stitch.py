@@ -10,6 +10,7 @@ Members are megabts checkpoints or Hugging Face Llama folders; they stay where t
 
 from pathlib import Path
 
+from megabts.config.methods import FORMS
 from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
 
@@ -24,9 +25,15 @@ def main() -> None:
     )
     new = parser.add_argument_group("new")
     new.add_argument("--hub", metavar="DIR", help="the member whose output is the model's, usually the seed")
+    new.add_argument(
+        "--form",
+        choices=tuple(FORMS),
+        default="bts",
+        help="the paper's stitches (bts), or with all members' heads answering (bts-mixture)",
+    )
     new.add_argument("--num-stitch-layers", type=int, default=4, metavar="K")
     new.add_argument("--experts-into-hub-only", action="store_true", help="all stitches Experts-into-Hub")
-    new.add_argument("--expert-stream", choices=("projected", "unchanged"), default="projected")
+    new.add_argument("--expert-stream", choices=("projected", "unchanged"), help="default: the form's")
     new.add_argument("--start", choices=("uniform", "hub_leaning", "hub_preserving"), default="uniform")
     new.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     change = parser.add_argument_group("add, remove")
@@ -50,13 +57,14 @@ def main() -> None:
         ((name, path),) = named_paths(args.expert).items()
         config = assemble.add(args.checkpoint, name, path, args.out, train_all=args.train == "all")
     else:
+        stream = {"expert_stream": args.expert_stream} if args.expert_stream else {}
         bts = BTSConfig(
             args.hub or "",
             named_paths(args.expert),
             args.num_stitch_layers,
             not args.experts_into_hub_only,
-            args.expert_stream,
             start=args.start,
+            **{**FORMS[args.form], **stream},
         )
         config = assemble.stitch(bts, args.out, dtype=args.dtype)
     print(f"wrote {args.out}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megabts.errors import UsageError
 
@@ -68,6 +68,17 @@ class BTSConfig:
         """Names of all members, the hub first."""
         return (HUB, *self.experts)
 
+
+FORMS: dict[str, dict[str, Any]] = {
+    "bts": {},
+    "bts-mixture": {
+        "output": "mixture",
+        "evidence": 64,
+        "gate_input": "normalised",
+        "expert_stream": "unchanged",
+    },
+}
+"""Named forms of the stitches, as settings that differ from the defaults: the paper's, and the best found here."""
 
 Routing = Literal["topk", "switch", "soft", "sample"]
 """How a MoE layer's router chooses ffn experts: see `megabts.moe.router`."""

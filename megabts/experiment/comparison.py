@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megabts.bts.flops import bts_flops
 from megabts.bts.plan import stitch_plan
+from megabts.config.methods import FORMS
 from megabts.experiment.base import CONFIGS, Experiment
 from megabts.model.flops import dense_flops
 from megabts.runtime.stages import Stage
@@ -23,13 +24,7 @@ UPCYCLED: dict[str, tuple[str, ...]] = {
 """Method and arguments of `tools/upcycle.py`."""
 
 STITCHED: dict[str, dict[str, str]] = {
-    "bts": {},
-    "bts-mixture": {
-        "output": "mixture",
-        "evidence": "64",
-        "gate_input": "normalised",
-        "expert_stream": "unchanged",
-    },
+    name: {key: str(value) for key, value in form.items()} for name, form in FORMS.items()
 }
 """Stitched models and how their settings differ from the paper's form."""
 
