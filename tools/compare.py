@@ -7,6 +7,7 @@ run it again: finished stages are kept. Seeds and studies may be added later.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megabts.config.tool_parser import ToolParser
@@ -23,6 +24,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", default="0", metavar="S,S,...", help="of weights and data order (default: 0)")
     parser.add_argument("--preset", default="tiny", help="folder of examples/configs/compare (default: tiny)")
+    parser.add_argument("--methods", default="", metavar="M,M,...", help="only these beside seed and experts (all)")
     parser.add_argument("--ablations", action="store_true", help="also other forms of BTS: K, alternation, start, ...")
     parser.add_argument(
         "--cross-capability", action="store_true", help="also math in code (without --data): a task for two experts"
@@ -54,14 +56,20 @@ def main() -> int:
     domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
     flags = {"ablations": args.ablations, "cross-capability": args.cross_capability, "changes": args.changes}
     studies = tuple(name for name, asked in flags.items() if asked)
+    methods = tuple(filter(None, args.methods.split(",")))
     comparisons = [
         Comparison(
             *(out / f"seed{seed}", args.data or out / "corpora", domains, args.minutes, seed, args.vocab_size),
             preset=args.preset,
             studies=studies,
+            methods=methods,
         )
         for seed in seeds
     ]
+    unknown = set(methods) - set(comparisons[0].models)
+    if unknown:
+        names = ", ".join(replace(comparisons[0], methods=()).models)
+        raise UsageError(f"--methods names {', '.join(sorted(unknown))}, which is none of {names}")
     for comparison in comparisons:
         comparison.write_settings()
     run_stages(all_stages(comparisons, built_in=args.data is None), workers=num_cores(), threads=num_cores())

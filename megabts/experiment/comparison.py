@@ -62,7 +62,10 @@ class Comparison(Experiment):
 
     kind = "compare"
     full_minutes = 60
-    free = ("studies",)
+    methods: tuple[str, ...] = ()
+    """Of the methods, those to compare beside seed and experts; none: all."""
+
+    free = ("studies", "methods")
 
     @property
     def configs(self) -> Path:
@@ -105,7 +108,8 @@ class Comparison(Experiment):
     def models(self) -> tuple[str, ...]:
         """Names of all models compared."""
         experts = (f"expert-{domain}" for domain in self.experts)
-        return ("seed", *experts, *self.trained[:2], "soup", "btm", *self.trained[2:])
+        known = (*self.trained[:2], "soup", "btm", *self.trained[2:])
+        return ("seed", *experts, *(name for name in known if not self.methods or name in self.methods))
 
     def stages(self) -> list[Stage]:
         """Members, methods, evaluations; the data must be there."""
@@ -128,7 +132,8 @@ class Comparison(Experiment):
             begin = ("--checkpoint.init_from", self.run_dir(f"{name}-start"))
             stages += [made, self.train(name, "moe", stitch, (made.name,), *begin)]
         stages += [self.stitch(name, settings, branched) for name, settings in self.stitched.items()]
-        return [*stages, *(self.evaluate(name, name) for name in self.models)]
+        stages += [self.evaluate(name, name) for name in self.models]
+        return needed(stages, {stage.name for stage in stages[-len(self.models) :]})
 
     def compute_matched_steps(self) -> int:
         """Steps in which the dense model does as many operations as all experts and the paper's stitches together."""
@@ -194,6 +199,15 @@ class Comparison(Experiment):
     @staticmethod
     def _paths(folders: dict[str, Path]) -> str:
         return json.dumps({name: str(folder) for name, folder in folders.items()})
+
+
+def needed(stages: Sequence[Stage], wanted: set[str]) -> list[Stage]:
+    """The stages of these names and all that they need, in order."""
+    wanted = set(wanted)
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted.update(stage.needs)
+    return [stage for stage in stages if stage.name in wanted]
 
 
 def of_seed(stages: Sequence[Stage], seed: int, ready: Sequence[str]) -> list[Stage]:

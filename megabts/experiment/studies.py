@@ -56,7 +56,8 @@ def _cross_data(comparison: Comparison) -> list[Stage]:
 def cross_names(comparison: Comparison) -> dict[str, str]:
     """{name of the losses: model} of the cross-capability study."""
     models = {f"{CROSS}, {name}": name for name in comparison.models if "," not in name}
-    return models | {f"{CROSS}, {name} with some": f"{name}+{CROSS}" for name in WITH_CROSS}
+    trained = [name for name in WITH_CROSS if name in comparison.models]
+    return models | {f"{CROSS}, {name} with some": f"{name}+{CROSS}" for name in trained}
 
 
 def cross_stages(comparison: Comparison, data: str) -> list[Stage]:
@@ -64,16 +65,20 @@ def cross_stages(comparison: Comparison, data: str) -> list[Stage]:
     mixture = {domain: weight * (1 - CROSS_SHARE) for domain, weight in comparison.mixtures.stitch.items()}
     mixture[CROSS] = CROSS_SHARE
     branched = ("seed", *(f"expert-{domain}" for domain in comparison.experts), data)
-    start = "--checkpoint.init_from"
-    stages = [
-        comparison.train(f"dense-data-matched+{CROSS}", "dense", mixture, branched, start, comparison.run_dir("seed")),
-        comparison.train(
-            *(f"btx-top2+{CROSS}", "moe", mixture, ("btx-top2-start", data)),
-            *(start, comparison.run_dir("btx-top2-start")),
-        ),
-    ]
-    for name in ("bts", "bts-mixture"):
-        stages.append(comparison.stitch(f"{name}+{CROSS}", comparison.stitched[name], branched, mixture))
+    runs = {
+        "dense-data-matched": ("dense", comparison.run_dir("seed"), branched),
+        "btx-top2": ("moe", comparison.run_dir("btx-top2-start"), ("btx-top2-start", data)),
+    }
+    stages = []
+    for name in WITH_CROSS:
+        if name not in comparison.models:
+            continue
+        if name in runs:
+            kind, start, needs = runs[name]
+            begin = ("--checkpoint.init_from", start)
+            stages.append(comparison.train(f"{name}+{CROSS}", kind, mixture, needs, *begin))
+        else:
+            stages.append(comparison.stitch(f"{name}+{CROSS}", comparison.stitched[name], branched, mixture))
     evaluations = (
         comparison.evaluate(name, model, domains=(CROSS,), needs=(data,))
         for name, model in cross_names(comparison).items()

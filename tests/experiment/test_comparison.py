@@ -1,6 +1,7 @@
 """The comparison's stages: one job in any combination of studies; a whole one on tiny corpora in the slow part."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def test_studies_change_no_stage_that_is_there_without_them(tmp_path: Path) -> N
     plain = {stage.name: stage.command for stage in all_stages([comparison(tmp_path)], built_in=True)}
     more = {stage.name: stage.command for stage in all_stages([comparison(tmp_path, 0, STUDIES)], built_in=True)}
     assert plain.items() < more.items()
+
+
+def test_some_methods_need_only_their_stages(tmp_path: Path) -> None:
+    some = replace(comparison(tmp_path), methods=("btm", "bts"))
+    runs = {stage.name for stage in some.stages() if not stage.name.startswith("evaluate-")}
+    assert runs == {"seed", "expert-code", "expert-math", "expert-prose", "btm", "bts"}
+    commands = {stage.name: stage.command for stage in comparison(tmp_path).stages()}
+    assert all(commands[stage.name] == stage.command for stage in some.stages())
 
 
 def test_methods_train_on_equal_tokens_but_the_compute_matched(tmp_path: Path) -> None:
