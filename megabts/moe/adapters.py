@@ -25,7 +25,6 @@ class Adapters(nn.Module):
         super().__init__()
         self.tp = backend.tp
         held = held_by(experts, num_experts) if experts else None
-        held = held_by(experts, num_experts) if experts else None
         meta = ParamMeta((num_experts, hidden_size, hidden_size), "identity", dim=2, held=held)
         self.metas = {"weight": meta}
         self.weight = nn.Parameter(torch.empty(meta.local_shape(self.tp), dtype=backend.dtype, device=backend.device))
