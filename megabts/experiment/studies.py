@@ -50,7 +50,8 @@ def _cross_data(comparison: Comparison) -> list[Stage]:
     made = data_stage(comparison, "corpora-cross", "build math in code", "build_corpora.py", *arguments)
     files = [corpora / CROSS / f"{split}.jsonl.gz" for split in SPLITS]
     pairs = zip(SPLITS, files, strict=True)
-    return [made, *(preprocess_stage(comparison, CROSS, split, file, ("corpora-cross",)) for split, file in pairs)]
+    needs = ("corpora-cross", "tokenizer")
+    return [made, *(preprocess_stage(comparison, CROSS, split, file, needs) for split, file in pairs)]
 
 
 def cross_names(comparison: Comparison) -> dict[str, str]:
