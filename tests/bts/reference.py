@@ -159,6 +159,7 @@ def answers(
     """Logits [V] of every position, from the members' last states, given the tokens read there."""
     out: list[Tensor] = []
     known: list[list[Tensor]] = []  # of every token read, the log-probability that each member gave it
+    following: list[Tensor] = []  # each member's probabilities of the next token
     for t, token in enumerate(ids):
         columns = [x[t] for x in states]
         zero = torch.zeros((), dtype=columns[0].dtype)
