@@ -128,3 +128,16 @@ environment_install() {
         environment_fail "pip failed (above: the end of $log). Run this again, or with --no-venv if this python3 has what is needed"
     fi
 }
+
+# Run an experiment, a tool of the given name, with all arguments of its script.
+environment_experiment() {
+    local tool="$ENVIRONMENT_ROOT/tools/$1"
+    environment_parse "${@:2}"
+    set -- ${ENVIRONMENT_ARGS[@]+"${ENVIRONMENT_ARGS[@]}"}
+    # A mistyped flag, or --help, is answered before anything is installed; this needs Python alone.
+    environment_check_version python3
+    PYTHONPATH="$ENVIRONMENT_ROOT" python3 "$tool" --parse-only "$@" || exit
+    case " $* " in *" -h "* | *" --help "*) exit ;; esac
+    environment_prepare ""
+    exec python3 "$tool" "$@"
+}

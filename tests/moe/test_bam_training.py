@@ -23,9 +23,10 @@ from megabts.moe.upcycle import NEW
 from megabts.parallel.mesh import ParallelMesh
 from megabts.train.trainer import Trainer
 from tests.bts.folders import write_members
-from tests.parallel.topologies import BETA1, RESUMED, STEPS, Job, Result, differences, train_all
+from tests.moe.test_training import command as moe_command
+from tests.parallel.topologies import RESUMED, STEPS, Job, Result, differences, train_all
 from tests.ranks import run_ranks
-from tests.train.runs import arguments, build, last_hashes, make_ids, train
+from tests.train.runs import build, last_hashes, make_ids, train
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -61,24 +62,8 @@ CASES += [("tp2+sp", name) for name in TE]
 
 
 def command(folder: Path, run_dir: Path, model: str, layout: dict[str, Any]) -> list[str]:
-    settings = {
-        "checkpoint.init_from": folder / model.split()[0],
-        "data.tokenizer": "null:97",
-        "data.seq_length": 16,
-        "train.steps": STEPS,
-        "train.global_batch": 4,
-        "train.micro_batch": 1,
-        "train.valid_every": -1,
-        "optimizer.lr": 0.01,
-        "optimizer.beta1": BETA1,
-        "optimizer.clip_grad": 0.0,
-        "precision.dtype": "float64",
-        "logging.tensorboard": False,
-        "checkpoint.every": 1,
-        "checkpoint.keep": 0,
-        "checkpoint.resume": True,
-    }
-    return arguments(run_dir, {str(folder / "ids"): 1.0}, settings | MODELS[model] | layout)
+    start = {"checkpoint.init_from": folder / model.split()[0]}
+    return moe_command(folder, run_dir, "topk", start | MODELS[model] | layout)
 
 
 @pytest.fixture(scope="module")
