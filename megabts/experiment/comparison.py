@@ -210,15 +210,16 @@ def needed(stages: Sequence[Stage], wanted: set[str]) -> list[Stage]:
     return [stage for stage in stages if stage.name in wanted]
 
 
-def of_seed(stages: Sequence[Stage], seed: int, ready: Sequence[str]) -> list[Stage]:
-    """The same stages with the seed in their names; `ready`: stages of all seeds, needed by those that need nothing."""
+def of_seed(stages: Sequence[Stage], seed: int, shared: Sequence[str], ready: Sequence[str]) -> list[Stage]:
+    """The same stages with the seed in their names; `shared`: stages of all seeds; `ready`: of these, what those need
+    that need nothing else."""
     prefix = f"seed {seed}: "
     return [
         replace(
             stage,
             name=prefix + stage.name,
             title=prefix + stage.title,
-            needs=tuple(need if need in ready else prefix + need for need in stage.needs) or tuple(ready),
+            needs=tuple(need if need in shared else prefix + need for need in stage.needs) or tuple(ready),
         )
         for stage in stages
     ]

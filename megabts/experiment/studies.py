@@ -39,7 +39,7 @@ def all_stages(comparisons: Sequence[Comparison], *, built_in: bool) -> list[Sta
             own += cross_stages(comparison, shared[-1])
         if "changes" in comparison.studies:
             own += change_stages(comparison)
-        stages += of_seed(own, comparison.seed, shared if crosses else ready)
+        stages += of_seed(own, comparison.seed, shared, ready)
     return stages
 
 

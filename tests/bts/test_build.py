@@ -153,3 +153,13 @@ def test_add_and_remove_in_a_configuration() -> None:
         remove_expert(bts, own, "hub")
     with pytest.raises(UserError, match="e1 is the only expert"):
         remove_expert(config_of(1), own, "e1")
+
+
+@pytest.mark.parametrize("form", [{}, {"projection_rank": 2}, {"gate": "token", "output": "mixture", "evidence": 3}])
+def test_what_is_left_of_any_form_is_all_that_the_smaller_model_has(form: dict[str, Any]) -> None:
+    bts = config_of(3, num_stitch_layers=2, **form)
+    own = {name: p.detach() for name, p, _ in random_model(bts).own_parameters()}
+    left, kept = remove_expert(bts, own, "e2")
+    assert kept.keys() == {name for name, _, _ in random_model(left).own_parameters()}
+    new = {name for name, p, _ in random_model(add_expert(left, "e4", "path")).own_parameters() if p.requires_grad}
+    assert {name.replace("e4", "e2") for name in new} == own.keys() - kept.keys()

@@ -76,6 +76,8 @@ def test_paper_recipes_build(path: Path) -> None:
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     if config.method == "dense":
         assert num_parameters(model) == (DENSE, DENSE)
+    elif config.method == "moe":
+        assert num_parameters(model) == (7_219_817_472, 7_219_817_472)
     elif config.method == "routing":
         assert num_parameters(model) == (4 * 3072, 4 * DENSE + 4 * 3072)
     else:
@@ -85,4 +87,5 @@ def test_paper_recipes_build(path: Path) -> None:
 
 
 def test_all_paper_recipes_are_there() -> None:
-    assert [path.stem for path in PAPER_CONFIGS] == ["code", "math", "multilingual", "routing", "seed", "stitch"]
+    names = ["btx", "code", "math", "multilingual", "routing", "seed", "stitch"]
+    assert [path.stem for path in PAPER_CONFIGS] == names

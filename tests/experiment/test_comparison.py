@@ -38,8 +38,8 @@ def test_stages_form_one_job(tmp_path: Path, studies: tuple[str, ...]) -> None:
 
 
 def test_studies_change_no_stage_that_is_there_without_them(tmp_path: Path) -> None:
-    plain = {stage.name: stage.command for stage in all_stages([comparison(tmp_path)], built_in=True)}
-    more = {stage.name: stage.command for stage in all_stages([comparison(tmp_path, 0, STUDIES)], built_in=True)}
+    plain = {stage.name: stage for stage in all_stages([comparison(tmp_path)], built_in=True)}
+    more = {stage.name: stage for stage in all_stages([comparison(tmp_path, 0, STUDIES)], built_in=True)}
     assert plain.items() < more.items()
 
 
