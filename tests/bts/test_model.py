@@ -36,11 +36,10 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, bool]]]] = {
     "n = 3": ({"experts": 3, "num_stitch_layers": 2}, [(2, HIE), (5, EIH)]),
     "hub leaning": ({"num_stitch_layers": 3, "start": "hub_leaning"}, [(1, EIH), (2, HIE), (5, EIH)]),
     "mixture": ({"num_stitch_layers": 3, "output": "mixture"}, [(1, EIH), (2, HIE), (5, EIH)]),
-    "mixture, unchanged": (
-        {"num_stitch_layers": 2, "output": "mixture", "expert_stream": "unchanged"},
-        [(2, HIE), (5, EIH)],
+    "mixture, evidence": (
+        {"num_stitch_layers": 3, "output": "mixture", "evidence": 3, "expert_stream": "unchanged"},
+        [(1, EIH), (2, HIE), (5, EIH)],
     ),
-    "mixture, evidence": ({"num_stitch_layers": 3, "output": "mixture", "evidence": 3}, [(1, EIH), (2, HIE), (5, EIH)]),
     "token gates": ({"num_stitch_layers": 3, "gate": "token"}, [(1, EIH), (2, HIE), (5, EIH)]),
     "normalised gate input": ({"num_stitch_layers": 2, "gate_input": "normalised"}, [(2, HIE), (5, EIH)]),
     "low rank": ({"num_stitch_layers": 3, "projection_rank": 3}, [(1, EIH), (2, HIE), (5, EIH)]),
