@@ -42,12 +42,17 @@ def output(folder: Path) -> str:
 
 
 def wait_for_end(cluster: Cluster, job: str, folder: Path, state: str = "COMPLETED") -> None:
-    """Wait until a job has ended in this state. A requeued job is started at once: SLURM would wait two minutes."""
+    """Wait until a job has ended in this state. A requeued job is started after 3 seconds; SLURM would wait two minutes.
+
+    Not at once: a node refuses a credential made in the second in which the job's first start was revoked.
+    """
+    hastened = False
 
     def ended() -> bool:
+        nonlocal hastened
         now = cluster.job(job)
-        if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime":
-            cluster.call("scontrol", "update", f"jobid={job}", "starttime=now")
+        if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime" and not hastened:
+            hastened = cluster.call("scontrol", "update", f"jobid={job}", "starttime=now+3").returncode == 0
         return now["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
     cluster.wait_until(ended, 150, f"job {job} did not end")
