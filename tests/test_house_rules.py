@@ -29,6 +29,7 @@ LAYERS = (
     ("optimizer", "checkpoint", "model"),
     ("moe", "merge", "bts", "pool"),
     ("build", "assemble"),
+    ("convert",),
     ("inference", "planner"),
     ("evaluation", "train"),
     ("viz",),

@@ -1,0 +1,112 @@
+"""What was written is read again and must compute what it was made from.
+
+Both sides see the same random tokens, in fp32, one model after the other. The bar is relative to the largest logit:
+two correct programs differ by rounding (below 1e-5 on models of a few layers), a wrong name, rotation or norm by far
+more.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megabts.config.model import ModelConfig
+from megabts.errors import UserError
+from megabts.model.attention import make_context
+from megabts.model.decoder import Model
+
+THRESHOLD = 1e-4
+"""Largest difference of two logits, as a part of the largest logit."""
+BATCH = (2, 48)
+"""Sequences and tokens of the check."""
+
+
+def have_transformers() -> bool:
+    """Whether the library is installed; no part of it is loaded."""
+    from importlib.util import find_spec
+
+    return find_spec("transformers") is not None
+
+
+def require_transformers() -> None:
+    """Raise UserError when the library is missing."""
+    if not have_transformers():
+        raise UserError("comparing logits needs transformers; pip install -e '.[hf]', or give --check tensors")
+
+
+def fixed_tokens(config: ModelConfig) -> Tensor:
+    """The check's tokens [b, s]: always the same for a vocabulary and a longest sequence."""
+    batch, length = BATCH
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (batch, min(length, config.max_seq_len)), generator=generator)
+
+
+@torch.no_grad()
+def model_logits(model: Model, tokens: Tensor) -> Tensor:
+    """Logits [b, s, V] of a megabts model on one rank, fp32."""
+    context = make_context(model.config, torch.arange(tokens.shape[1]), model.dtype, tokens=tokens)
+    hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
+    return model.logits(hidden, context).float()
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, tokens: Tensor, *, remote_code: bool = False) -> Tensor:
+    """Logits [b, s, V] of a Hugging Face folder in transformers, fp32, without a cache.
+
+    `remote_code`: run the Python files in the folder. Raises UserError when the library does not load the folder, or
+    names tensors that are missing or left over.
+    """
+    require_transformers()
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=remote_code, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # the library raises everything
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"transformers does not load {folder}: {type(error).__name__}: {reason}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            first = sorted(report[kind], key=str)[0]
+            raise UserError(f"{folder}: transformers reports {kind}: {first} ({len(report[kind])} such)")
+    logits: Tensor = model.float().eval()(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def check_logits(ours: Tensor, theirs: Tensor, where: Path, say: Callable[[str], None] = print) -> float:
+    """The largest difference of two sides' logits, as a part of the largest logit; said in one line.
+
+    Raises UserError when it is above `THRESHOLD` or not a number.
+    """
+    if ours.shape != theirs.shape:
+        raise UserError(f"{where}: logits are {list(theirs.shape)} there and {list(ours.shape)} here; names do not fit")
+    difference = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30)).item()
+    figures = f"largest relative difference of logits {difference:.1e} (threshold {THRESHOLD:.0e})"
+    if not difference <= THRESHOLD:
+        raise UserError(f"{where} does not compute the same: {figures}; please report the model's configuration")
+    say(f"checked: {figures}, {tuple(ours.shape)[0]} x {tuple(ours.shape)[1]} tokens, fp32")
+    return difference
+
+
+Tensors = Iterable[tuple[str, Tensor]]
+
+
+def check_tensors(ours: Tensors, theirs: Tensors, where: Path, say: Callable[[str], None] = print) -> int:
+    """Compare two iterators of (name, tensor) bit for bit; their number. Raises UserError naming the first difference.
+
+    Both must come in one order.
+    """
+    count = 0
+    for (name, mine), (other, its) in zip(ours, theirs, strict=True):
+        if name != other or mine.dtype != its.dtype or mine.shape != its.shape:
+            raise UserError(f"{where}: {other} ({its.dtype}) stands for {name} ({mine.dtype}); convert again")
+        if not torch.equal(mine.contiguous().view(torch.uint8), its.contiguous().view(torch.uint8)):
+            raise UserError(f"{where}: the values of {name} differ from the source's; convert again")
+        count += 1
+    say(f"checked: {count} tensors, bit for bit")
+    return count
