@@ -1,7 +1,8 @@
 """How many parameters a BTS model has: as it is held and run here, and as the paper counts them.
 
 The two differ. The paper counts a hub slice in the gate of Hub-into-Experts layers, which its equations never read, and
-whole members; here that slice is not allocated, and the final norms and heads of the experts are not even built.
+whole members; here that slice is not allocated, and the final norms and heads of the experts are not even built. Of
+stitches of another form (low rank, token gates, a mixed output, another start) the paper's count is a comparison.
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,18 @@ class ParameterReport:
     active: int
     """What one token runs through: members, the experts without final norm and head, and the stitches."""
 
+    unread: int
+    """What of `paper_trained` is in hub slices of Hub-into-Experts gates, where nothing reads it."""
+    paper_form: bool
+    """Whether the stitches are the paper's, and train whole: then `paper_trained` is a count of this very model."""
+
     def __str__(self) -> str:
-        return (
-            f"trained {self.trained:,} of {short(self.paper_total)}; the paper counts {self.paper_trained:,} of "
-            f"{self.paper_total:,}, with the never used hub slices of the Hub-into-Experts gates and whole members; "
-            f"a token runs through {self.active:,}"
-        )
+        slices = "the never used hub slices of the Hub-into-Experts gates and " if self.unread else ""
+        paper = f"{self.paper_trained:,} of {self.paper_total:,}, with {slices}whole members"
+        whole, words = self.active, "the paper's stitches of these members would count as"
+        if self.paper_form:
+            whole, words = self.paper_total, "the paper counts"
+        return f"trained {self.trained:,} of {short(whole)}; {words} {paper}; a token runs through {self.active:,}"
 
 
 def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
@@ -37,7 +44,8 @@ def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
     d, n = model.hidden_size, len(bts.experts)
     projection, gate = matrix_sizes(bts, d)
     owned = dict.fromkeys(bts.members, 0)
-    for point in stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating):
+    plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
+    for point in plan:
         for expert in bts.experts:
             owned[expert] += projection + gate
         if point.kind == "experts_into_hub":
@@ -52,7 +60,13 @@ def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
     output = d + (0 if model.tie_embeddings else model.vocab_size * d)
     members = (n + 1) * model.num_parameters
     return ParameterReport(
-        trained, paper_trained, members + paper_trained, members - (n + 1 - heads) * output + sum(owned.values())
+        trained=trained,
+        paper_trained=paper_trained,
+        paper_total=members + paper_trained,
+        active=members - (n + 1 - heads) * output + sum(owned.values()),
+        unread=sum(point.kind == "hub_into_experts" for point in plan) * d * d,
+        paper_form=(bts.start, bts.gate, bts.projection_rank, bts.output) == ("uniform", "dimension", 0, "hub")
+        and trained == sum(owned.values()),
     )
 
 

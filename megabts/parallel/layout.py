@@ -38,6 +38,11 @@ def _check_side_by_side(config: RunConfig) -> None:
 
 def _check_tensor(config: RunConfig) -> None:
     tp, model = config.parallel.tensor, config.model
+    if tp == 1 and config.parallel.sequence:
+        raise UsageError(
+            "parallel.sequence is true, but parallel.tensor is 1 and there is nobody to share a sequence with; set "
+            "parallel.sequence false or raise parallel.tensor"
+        )
     if tp == 1:
         return
     if config.method == "moe" and config.moe.ffn_width(model.ffn_size) % tp:

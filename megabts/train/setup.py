@@ -23,7 +23,7 @@ from megabts.optimizer.adamw import MasterAdamW, freeze_unscaled
 from megabts.parallel.collectives import broadcast_object, gather_objects
 from megabts.parallel.layout import check_layout
 from megabts.parallel.mesh import ParallelMesh, build_mesh, degrees
-from megabts.runtime.device import Launch, pick_device, resolve_dtype, share_cores, start_communication
+from megabts.runtime.device import Launch, check_te, pick_device, resolve_dtype, share_cores, start_communication
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
 from megabts.train.stages import Stages
@@ -64,11 +64,16 @@ class Run:
 
 
 def start_ranks(config: RunConfig, launch: Launch, store: Store | None = None) -> tuple[ParallelMesh, torch.device]:
-    """Join the other ranks, met at `store`. Raises UsageError before any communication when the degrees do not fit."""
+    """Join the other ranks, met at `store`.
+
+    Raises UsageError before any communication when the degrees do not fit or the layers' library needs a GPU.
+    """
     parallel = config.parallel
     degrees(parallel, launch.world_size)
     share_cores(launch)
     device = pick_device(launch)
+    if config.precision.layers == "te":
+        check_te(device)
     start_communication(launch, device, parallel.backend, parallel.timeout, store)
     return build_mesh(parallel, launch.world_size, launch.rank), device
 

@@ -49,6 +49,47 @@ def test_report_in_words() -> None:
     assert [short(count) for count in (999, 1000, 12_345_678, 10**9)] == ["999", "1.0k", "12.3M", "1.0B"]
 
 
+UNREAD = "with the never used hub slices of the Hub-into-Experts gates and whole members; "
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_stitch_layers": 2}, f"trained 2,304 of 34.9k; the paper counts 2,560 of 34,864, {UNREAD}"),
+        ({"alternating": False}, "trained 5,120 of 37.4k; the paper counts 5,120 of 37,424, with whole members; "),
+        ({"num_stitch_layers": 1}, "trained 1,280 of 33.6k; the paper counts 1,280 of 33,584, with whole members; "),
+        (
+            {"projection_rank": 8},
+            "trained {} of {}; the paper's stitches of these members would count as 5,120 of 37,424, ",
+        ),
+        (
+            {"projection_rank": 2, "alternating": False},
+            "trained {} of {}; the paper's stitches of these members would ",
+        ),
+        (
+            {"gate": "token"},
+            "trained {} of {}; the paper's stitches of these members would count as 5,120 of 37,424, " + UNREAD,
+        ),
+        ({"start": "hub_leaning"}, "trained {} of {}; the paper's stitches of these members would count as 5,120 of "),
+        (
+            {"output": "mixture", "evidence": 3},
+            "trained {} of {}; the paper's stitches of these members would count as 5,120 ",
+        ),
+        (
+            {"trainable": ["e1"]},
+            "trained {} of {}; the paper's stitches of these members would count as 5,120 of 37,424, ",
+        ),
+    ],
+)
+def test_words_are_true_of_every_form(settings: dict[str, Any], words: str) -> None:
+    """What is trained and run is what is built; the paper's count is said to be this model's only where it is."""
+    model, bts = ModelConfig(**SIZES), config_of(2, **settings)
+    trained, active = num_parameters(bts_on_meta(model, bts))
+    text = str(parameter_report(model, bts))
+    assert text.startswith(words.format(f"{trained:,}", short(active)))
+    assert text.endswith(f"; a token runs through {active:,}")
+
+
 CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (1, {"num_stitch_layers": 1}, {}),
     (2, {"num_stitch_layers": 5}, {}),

@@ -60,6 +60,11 @@ def test_what_fits_is_let_through(config: RunConfig, world: int) -> None:
         (run({"tensor": 3}, {"ffn_size": 100}), 3, "model.ffn_size 100 does not divide"),
         (run({"tensor": 6}, {"vocab_size": 5}), 6, "model.vocab_size 5 in blocks of 1 is used up"),
         (run({"tensor": 3, "sequence": True}), 3, "data.seq_length 64 does not divide among parallel.tensor 3"),
+        (
+            run({"sequence": True}),
+            2,
+            "parallel.sequence is true, but parallel.tensor is 1 .*; set parallel.sequence false",
+        ),
         (run({"expert": 2}), 2, "parallel.expert is 2, but a dense model has no experts"),
         (run({"expert": 4}, experts=2), 4, r"parallel.expert 4 is more than the 3 members \(hub, e0, e1\)"),
         (run({}, batch=(8, 3)), 2, "train.global_batch 8 is not a multiple of train.micro_batch 3 x 2 .* = 6"),

@@ -169,8 +169,13 @@ def test_degrees_that_do_not_fit_are_refused_before_the_ranks_meet() -> None:
     [
         (["--train.stepps", "3"], 2, "error: unknown key train.stepps (command line); did you mean train.steps?"),
         (["--data.train", '{"/nowhere/a": 1}'], 1, "error: dataset /nowhere/a: there is no file /nowhere/a.idx"),
+        (
+            ["--precision.layers", "te"],
+            2,
+            "error: precision.layers te needs an NVIDIA GPU, and this run is on cpu; set it to torch",
+        ),
     ],
-    ids=["usage", "input"],
+    ids=["usage", "input", "library"],
 )
 def test_in_the_shell_an_error_is_one_line(
     extra: list[str], code: int, message: str, blend: Blend, tmp_path: Path
