@@ -89,7 +89,7 @@ def check_logits(ours: Tensor, theirs: Tensor, where: Path, say: Callable[[str],
     figures = f"largest relative difference of logits {difference:.1e} (threshold {THRESHOLD:.0e})"
     if not difference <= THRESHOLD:
         raise UserError(f"{where} does not compute the same: {figures}; please report the model's configuration")
-    say(f"checked: {figures}, {tuple(ours.shape)[0]} x {tuple(ours.shape)[1]} tokens, fp32")
+    say(f"checked: {figures}, {ours.shape[0]} x {ours.shape[1]} tokens, fp32")
     return difference
 
 
