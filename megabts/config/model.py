@@ -1,17 +1,18 @@
-"""Sizes of one Llama-family decoder, and the presets.
+"""Sizes and options of one decoder of the Llama family and its relatives, and the presets.
 
 Every member of a BTS model has one `ModelConfig`; all members of one model share the same one. The class checks
 only itself; whether it fits a mesh is the mesh's business.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megabts.errors import UsageError
 
 ROPE_SCALING_KEYS: dict[str, set[str]] = {
     "linear": {"type", "factor"},
     "llama3": {"type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"},
+    "yarn": {"type", "factor", "original_max_position", "beta_fast", "beta_slow", "attention_factor", "truncate"},
 }
 
 
@@ -41,7 +42,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     """Rotary scaling: {} | {type: linear, factor} | {type: llama3, factor, low_freq_factor, high_freq_factor,
-    original_max_position}."""
+    original_max_position} | {type: yarn, factor, original_max_position, beta_fast, beta_slow, attention_factor,
+    truncate (true or false)}."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
     tie_embeddings: bool = False
@@ -49,7 +51,12 @@ class ModelConfig:
     qkv_bias: bool = False
     """Biases on the query, key and value projections."""
     qk_norm: bool = False
-    """RMSNorm of each query and key head before the rotation."""
+    """RMSNorm of queries and keys before the rotation."""
+    qk_norm_span: Literal["head", "full"] = "head"
+    """What qk_norm norms: each head by itself (Qwen3), or all query heads of a position, and all key heads, together
+    (OLMo-2)."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """A layer's two RMSNorms are on what attention and feed-forward read (pre), or on their outputs (post: OLMo-2)."""
     cross_document_attention: bool = True
     """Documents packed into one sequence attend to each other; false keeps each to itself."""
     init_std: float = 0.02
@@ -72,6 +79,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UsageError(f"model.head_dim {self.head_dim} is odd; rotary positions need an even one")
+        if self.qk_norm_span == "full" and not self.qk_norm:
+            raise UsageError("model.qk_norm_span is full, but model.qk_norm is false; set it true, or the span to head")
         self._check_rope_scaling()
 
     def _check_rope_scaling(self) -> None:
@@ -84,7 +93,10 @@ class ModelConfig:
             keys = sorted(ROPE_SCALING_KEYS[kind])
             raise UsageError(f"model.rope_scaling of type {kind} needs exactly the keys {keys}")
         for key, value in self.rope_scaling.items():
-            if key != "type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            if key == "truncate":
+                if not isinstance(value, bool):
+                    raise UsageError(f"model.rope_scaling.truncate is {value!r}; it must be true or false")
+            elif key != "type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
                 raise UsageError(f"model.rope_scaling.{key} is {value!r}; it must be a positive number")
 
     @property
@@ -98,7 +110,8 @@ class ModelConfig:
         d, hd = self.hidden_size, self.head_dim
         qkv = sum(self.qkv_heads) * hd
         layer = qkv * d + self.num_heads * hd * d + 3 * d * self.ffn_size + 2 * d
-        layer += qkv * self.qkv_bias + 2 * hd * self.qk_norm
+        normed = 2 if self.qk_norm_span == "head" else self.num_heads + self.num_kv_heads
+        layer += qkv * self.qkv_bias + normed * hd * self.qk_norm
         return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
 

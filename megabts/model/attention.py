@@ -100,7 +100,16 @@ class Attention(nn.Module):
         self.backend = backend
         self.recompute = recompute
         self.qkv = qkv
-        if config.qk_norm:  # a rank sees its own heads: its weight gradient is a part
+        self.full_norm = config.qk_norm and config.qk_norm_span == "full"
+        if self.full_norm:
+            self.q_norm, self.k_norm = (
+                backend.split_norm(
+                    ParamMeta((heads * config.head_dim,), "constant", 1.0, 0, parts=(heads,), unit=config.head_dim),
+                    config.norm_eps,
+                )
+                for heads in config.qkv_heads[:2]
+            )
+        elif config.qk_norm:  # a rank sees its own heads: its weight gradient is a part
             self.q_norm = backend.norm(config.head_dim, config.norm_eps, summed=True)
             self.k_norm = backend.norm(config.head_dim, config.norm_eps, summed=True)
         out_std = config.init_std / (2 * config.num_layers) ** 0.5
@@ -125,10 +134,16 @@ class Attention(nn.Module):
         num_query, num_key, num_value = self.local_heads
         if self.qk_norm:
             query, key, value = heads.split([num_query, num_key, num_value], 2)
-            query, key = rotate(self.q_norm(query), context.rope), rotate(self.k_norm(key), context.rope)
+            query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
+            query, key = rotate(query, context.rope), rotate(key, context.rope)
         else:  # one rotation for queries and keys together
             turned, value = heads.split([num_query + num_key, num_value], 2)
             query, key = rotate(turned, context.rope).split([num_query, num_key], 2)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         return self.backend.attention(query, key, value, context.mask)
+
+    def _normed(self, norm: nn.Module, heads: Tensor) -> Tensor:
+        """[s, b, heads, hd] -> the same, normed head by head or all heads of a position together."""
+        out: Tensor = norm(heads.flatten(2)).view(heads.shape) if self.full_norm else norm(heads)
+        return out

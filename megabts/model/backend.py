@@ -53,6 +53,10 @@ class Backend(Protocol):
         """
         ...
 
+    def split_norm(self, weight: ParamMeta, eps: float) -> nn.Module:
+        """RMSNorm of [.., w / tp] over all w that the ranks of tp hold together; parameter `weight` [w]."""
+        ...
+
     def norm_linear(
         self, size: int, eps: float, weight: ParamMeta, bias: ParamMeta | None = None
     ) -> tuple[nn.Module, nn.Module]:
@@ -70,6 +74,10 @@ class Backend(Protocol):
         Likewise to be applied one after the other. The second has parameters `gate_up.weight` [2 F, size], gate before
         up, and `down.weight` [size, F]; its activation is computed again in backward where `recompute` is selective.
         """
+        ...
+
+    def mlp(self, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute) -> nn.Module:
+        """The feed-forward of `norm_mlp` without a norm, of hidden states [s', b, size]."""
         ...
 
     def vocabulary(self, vocab_size: int, hidden_size: int, std: float) -> Vocabulary:

@@ -1,4 +1,4 @@
-"""One Transformer layer: attention and a SwiGLU feed-forward, each after a norm and added to the residual stream."""
+"""One Transformer layer: attention and a SwiGLU feed-forward, each with a norm and added to the residual stream."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ Caches = LayerCache | Sequence[LayerCache] | None
 
 
 class Layer(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)).
+    """h + attention(norm(h)), then h + mlp(norm(h)); with `norm_position` post h + norm(attention(h)), and so on.
 
     `make_routed` puts a routed feed-forward in the MLP's place, `make_attention` several attentions in the one's.
     """
@@ -36,8 +36,13 @@ class Layer(nn.Module):
         d, f = config.hidden_size, config.ffn_size
         self.attention_norm: nn.Module
         self.attention: nn.Module
+        self.post = config.norm_position == "post"
         if make_attention is not None:
+            assert not self.post, "several attentions read normed states"
             self.attention_norm, self.attention = make_attention(config, backend, recompute)
+        elif self.post:
+            self.attention_norm = backend.norm(d, config.norm_eps, summed=backend.sequence)
+            self.attention = Attention(config, backend, backend.column_linear(*qkv_metas(config)), recompute)
         else:
             self.attention_norm, qkv = backend.norm_linear(d, config.norm_eps, *qkv_metas(config))
             self.attention = Attention(config, backend, qkv, recompute)
@@ -47,7 +52,11 @@ class Layer(nn.Module):
         else:
             gate_up = ParamMeta((2 * f, d), "normal", config.init_std, dim=0, parts=(f, f))
             down = ParamMeta((d, f), "normal", config.init_std / (2 * config.num_layers) ** 0.5, dim=1)
-            self.mlp_norm, self.mlp = backend.norm_mlp(d, config.norm_eps, gate_up, down, recompute)
+            if self.post:
+                self.mlp_norm = backend.norm(d, config.norm_eps, summed=backend.sequence)
+                self.mlp = backend.mlp(gate_up, down, recompute)
+            else:
+                self.mlp_norm, self.mlp = backend.norm_mlp(d, config.norm_eps, gate_up, down, recompute)
         self.recompute = recompute
 
     def forward(self, hidden: Tensor, context: Context, layer: int, cache: Caches = None) -> Tensor:
@@ -57,6 +66,12 @@ class Layer(nn.Module):
         return self._forward(hidden, context, layer, cache)
 
     def _forward(self, hidden: Tensor, context: Context, layer: int, cache: Caches) -> Tensor:
+        if self.post:
+            hidden = hidden + self.attention_norm(self.attention(hidden, context, layer, cache))
+            return hidden + self.mlp_norm(self._feed_forward(hidden, context, layer))
         hidden = hidden + self.attention(self.attention_norm(hidden), context, layer, cache)
-        normed = self.mlp_norm(hidden)
-        return hidden + (self.mlp(normed, context, layer) if self.routed else self.mlp(normed))
+        return hidden + self._feed_forward(self.mlp_norm(hidden), context, layer)
+
+    def _feed_forward(self, hidden: Tensor, context: Context, layer: int) -> Tensor:
+        out: Tensor = self.mlp(hidden, context, layer) if self.routed else self.mlp(hidden)
+        return out

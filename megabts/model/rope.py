@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864) in Llama's rotate-half order, with linear and llama3 scaling."""
+"""Rotary positions (Su et al., arXiv 2104.09864) in Llama's rotate-half order, with linear, llama3 and YaRN scaling."""
 
 import math
 from typing import Any
@@ -18,6 +18,8 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
         return frequencies
     if scaling["type"] == "linear":
         return frequencies / scaling["factor"]
+    if scaling["type"] == "yarn":
+        return _yarn(config.rope_theta**exponents, config.rope_theta, scaling)
     return _llama3(frequencies, scaling)
 
 
@@ -33,14 +35,38 @@ def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
     return torch.where(medium, between, scaled)
 
 
+def _yarn(powers: Tensor, base: float, scaling: dict[str, Any]) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): dimensions that turn seldom over the original length are interpolated by
+    `factor`, those that turn often kept, a linear ramp between; `powers`: the frequencies' inverses [head_dim / 2]."""
+    head_dim = 2 * len(powers)
+
+    def dimension(rotations: float) -> float:
+        """The dimension that turns so often over the original length."""
+        length = scaling["original_max_position"] / (rotations * 2 * math.pi)
+        return (head_dim * math.log(length)) / (2 * math.log(base))
+
+    low, high = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = ((torch.arange(len(powers), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (scaling["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+
+
 def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [s, b or 1, 1, head_dim / 2] in `dtype`, for positions [s] or [s, b]."""
+    """(cos, sin), each [s, b or 1, 1, head_dim / 2] in `dtype`, for positions [s] or [s, b].
+
+    YaRN's attention factor is in both.
+    """
     frequencies = inverse_frequencies(config).to(positions.device)
     angles = positions.unsqueeze(-1).float() * frequencies
     if positions.dim() == 1:
         angles = angles.unsqueeze(1)
     angles = angles.unsqueeze(2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    scale = config.rope_scaling.get("attention_factor", 1.0)  # YaRN's, of queries and keys alike
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -58,7 +84,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's backward is the rotation by the opposite angle; nothing of the input is kept."""
+    """A (scaled) rotation's backward is the one by the opposite angle; nothing of the input is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

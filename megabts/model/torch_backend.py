@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabts.model.backend import Recompute
+from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
 from megabts.parallel.tensor import ColumnLinear, RowLinear, Vocabulary, check_columns
@@ -43,6 +44,10 @@ class TorchBackend:
         """See `Backend`."""
         return RMSNorm(size, eps, self.dtype, self.device, summed=summed)
 
+    def split_norm(self, weight: ParamMeta, eps: float) -> nn.Module:
+        """See `Backend`."""
+        return SplitRMSNorm(weight, eps, self.tp, self.dtype, self.device)
+
     def norm_linear(
         self, size: int, eps: float, weight: ParamMeta, bias: ParamMeta | None = None
     ) -> tuple[nn.Module, nn.Module]:
@@ -53,8 +58,11 @@ class TorchBackend:
         self, size: int, eps: float, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute
     ) -> tuple[nn.Module, nn.Module]:
         """See `Backend`."""
-        mlp = MLP(self.column_linear(gate_up), self.row_linear(down), recompute)
-        return self.norm(size, eps, summed=self.sequence), mlp
+        return self.norm(size, eps, summed=self.sequence), self.mlp(gate_up, down, recompute)
+
+    def mlp(self, gate_up: ParamMeta, down: ParamMeta, recompute: Recompute) -> nn.Module:
+        """See `Backend`."""
+        return MLP(self.column_linear(gate_up), self.row_linear(down), recompute)
 
     def vocabulary(self, vocab_size: int, hidden_size: int, std: float) -> Vocabulary:
         """See `Backend`."""
@@ -155,6 +163,53 @@ class _RMSNorm(torch.autograd.Function):
         grad = grad * weight
         mean = (grad * normed).mean(-1, keepdim=True)
         return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+class SplitRMSNorm(nn.Module):
+    """`RMSNorm` of a vector of which each rank of tp has a slice: the sum of squares goes over the ranks.
+
+    A slice that several ranks hold (a key head of fewer than tp) counts once. Each of its holders has a part of its
+    gradient, as of all that belongs to such a head (`ParamMeta.summed`).
+    """
+
+    def __init__(self, weight: ParamMeta, eps: float, tp: Axis, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps, self.tp = eps, tp
+        self.metas = {"weight": weight}
+        self.weight = nn.Parameter(torch.empty(weight.local_shape(tp), dtype=dtype, device=device))
+        self.width = weight.shape[0]
+        self.holders = tp.size * self.weight.shape[0] // self.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., width / tp] -> the same."""
+        out: Tensor = _SplitRMSNorm.apply(x, self.weight, self.eps, self.width, self.holders, self.tp)
+        return out
+
+
+class _SplitRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, width: int, holders: int, tp: Axis) -> Tensor:
+        exact = x if x.dtype == torch.float64 else x.float()
+        squares = all_reduce(torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_(), tp)
+        scale = squares.div_(holders * width).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.count, ctx.tp = holders * width, tp
+        return (exact * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        exact = x if x.dtype == torch.float64 else x.float()
+        normed = exact * scale
+        grad = grad.to(exact.dtype)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            grad = grad * weight
+            mean = all_reduce((grad * normed).sum(-1, keepdim=True), ctx.tp).div_(ctx.count)
+            grad_x = grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None, None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):

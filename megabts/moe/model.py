@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megabts.config.methods import MoEConfig
 from megabts.config.model import ModelConfig
+from megabts.errors import UsageError
 from megabts.model.attention import Context
 from megabts.model.backend import Backend, Recompute
 from megabts.model.decoder import Decoder
@@ -78,6 +79,12 @@ class MoEModel(Decoder):
         recompute: Recompute = "none",
         experts: Axis | None = None,
     ) -> None:
+        if moe.attention_experts and config.norm_position == "post":
+            raise UsageError(
+                "model.norm_position post does not go with attention experts (bam), whose outputs are mixed before "
+                "they would be normed; upcycle with --method btx"
+            )
+
         def after_norm(
             kind: Callable[[ModelConfig, MoEConfig, Backend, Recompute], nn.Module],
             model: ModelConfig,

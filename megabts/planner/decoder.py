@@ -18,6 +18,7 @@ passes partly in fp32. A library that fuses them moves less.
 """
 
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -97,7 +98,7 @@ def layer_kept(config: RunConfig, *, trains: bool, recompute: str | None = None)
         heads = query / model.head_dim
         scales += 4 * heads
         if model.qk_norm:
-            scales += 4 * (query + key) / model.head_dim
+            scales += 8 if model.qk_norm_span == "full" else 4 * (query + key) / model.head_dim
             elements += query + 2 * key  # the projection's output, which the norms read
             elements += 3 * query if repeated else query + key
         else:
@@ -159,8 +160,8 @@ def vocabulary_elements(config: RunConfig) -> int:
     return -(-config.model.vocab_size // config.parallel.tensor) * config.model.hidden_size
 
 
-ModelKey = tuple[int, int, int, int, int, bool, bool]
-"""What a layer's shapes depend on: D, heads, key/value heads, head's width, F, biases, norms of heads."""
+ModelKey = tuple[int, int, int, int, int, bool, bool, Literal["head", "full"]]
+"""What a layer's shapes depend on: D, heads, key/value heads, head's width, F, biases, norms of heads and of what."""
 
 
 def model_key(model: ModelConfig) -> ModelKey:
@@ -173,13 +174,14 @@ def model_key(model: ModelConfig) -> ModelKey:
         model.ffn_size,
         model.qkv_bias,
         model.qk_norm,
+        model.qk_norm_span,
     )
 
 
 @cache
 def layer_parameters(key: ModelKey, tp: int) -> int:
     """Elements of a real layer's parameters on a tensor-parallel rank."""
-    d, heads, kv_heads, head_dim, ffn, bias, norm = key
+    d, heads, kv_heads, head_dim, ffn, bias, norm, span = key
     model = ModelConfig(
         hidden_size=d,
         num_heads=heads,
@@ -188,6 +190,7 @@ def layer_parameters(key: ModelKey, tp: int) -> int:
         ffn_size=ffn,
         qkv_bias=bias,
         qk_norm=norm,
+        qk_norm_span=span,
     )
     layer = Layer(model, TorchBackend(torch.float32, "meta", Axis("tp", tp)), "none")
     return sum(parameter.numel() for parameter in layer.parameters())

@@ -29,6 +29,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "mha": {"num_kv_heads": 4, "tie_embeddings": True},
     "bias": {"qkv_bias": True},
     "qk_norm": {"qk_norm": True, "head_dim": 16},
+    "post_norm": {"norm_position": "post", "qk_norm": True, "qk_norm_span": "full"},
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
 }
 BTS: dict[str, dict[str, Any]] = {

@@ -24,6 +24,15 @@ SIZES: dict[str, Any] = {
     "init_std": 0.2,
 }
 LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 16}
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.2,
+    "truncate": True,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_kv_heads": 4},
@@ -34,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
     "bias": {"qkv_bias": True, "tie_embeddings": True},
     "qk-norm": {"qk_norm": True, "head_dim": 16},
+    "post-norm": {"norm_position": "post", "qk_norm": True, "qk_norm_span": "full"},
+    "yarn": {"rope_scaling": YARN, "rope_theta": 500.0},
 }
 
 

@@ -1,4 +1,5 @@
-"""Decoder against transformers' Llama, Qwen2 (biases) and Qwen3 (query and key norms): logits, loss, every gradient."""
+"""Decoder against transformers' Llama, Qwen2 (biases), Qwen3 (query and key norms) and OLMo-2 (norms on outputs, query
+and key norms over all heads): logits, loss, every gradient."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -28,6 +31,11 @@ TOLERANCE = 1e-5
 FAMILIES: dict[str, tuple[type, type]] = {
     "bias": (Qwen2Config, Qwen2ForCausalLM),
     "qk-norm": (Qwen3Config, Qwen3ForCausalLM),
+    "post-norm": (Olmo2Config, Olmo2ForCausalLM),
+}
+POST_NAMES = {
+    "attention_norm.weight": ["post_attention_layernorm.weight"],
+    "mlp_norm.weight": ["post_feedforward_layernorm.weight"],
 }
 LAYER_NAMES = {
     "attention_norm.weight": ["input_layernorm.weight"],
@@ -74,12 +82,14 @@ def hf_config(config: ModelConfig, kind: type = LlamaConfig) -> Any:
 def as_ours(theirs: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """Transformers' tensors under megabts' names, fused."""
     ours = {}
+    post = "model.layers.0.post_feedforward_layernorm.weight" in theirs
+    parts = LAYER_NAMES | (POST_NAMES if post else {})
     for name in names:
         if name in OTHER_NAMES:
             ours[name] = theirs[OTHER_NAMES[name]]
         else:
             layer, rest = name.removeprefix("layers.").split(".", 1)
-            ours[name] = torch.cat([theirs[f"model.layers.{layer}.{part}"] for part in LAYER_NAMES[rest]])
+            ours[name] = torch.cat([theirs[f"model.layers.{layer}.{part}"] for part in parts[rest]])
     return ours
 
 

@@ -25,9 +25,10 @@ from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 CASES: dict[int, dict[str, dict[str, Any]]] = {
-    2: {name: VARIANTS[name] for name in ("gqa", "mha", "mqa", "tied", "bias", "qk-norm")},
+    2: {name: VARIANTS[name] for name in ("gqa", "mha", "mqa", "tied", "bias", "qk-norm", "post-norm")},
     4: {
         "one-kv-head": {"num_kv_heads": 1, "qk_norm": True},
+        "post-norm": {**VARIANTS["post-norm"], "num_kv_heads": 2},
         "gqa": {"qkv_bias": True, "tie_embeddings": True},
         "eight": {"num_heads": 8, "num_kv_heads": 4},
     },
@@ -65,7 +66,7 @@ def split_decoders(rank: int, size: int) -> dict[tuple[str, bool], Ran]:
             model = decoder(mesh, sequence=sequence, **sizes)
             assert model.wire_shape(1, 24, 2) == (24 // size if sequence else 24, 2, 32)
             ran = Ran(logits_of(model, batch()[0]), *gradients(model, *batch()))
-            if name in ("gqa", "qk-norm"):
+            if name in ("gqa", "qk-norm", "post-norm"):
                 again = [decoder(mesh, sequence=sequence, recompute=mode, **sizes) for mode in RECOMPUTED]
                 ran.recomputed = [gradients(model, *batch()) for model in again]
             found[name, sequence] = ran

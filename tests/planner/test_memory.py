@@ -110,6 +110,12 @@ MODELS: dict[str, Arguments] = {
     "dense": SMALL,
     "dense, one sample": {**SMALL, **ONE, "train.global_batch": 4},
     "dense, one key head": {**SMALL, "model.num_kv_heads": 1, "model.qk_norm": True},
+    "dense, post-norm": {
+        **SMALL,
+        "model.norm_position": "post",
+        "model.qk_norm": True,
+        "model.qk_norm_span": "full",
+    },
     "dense, a key head each": {**SMALL, "model.num_kv_heads": 4},
     "bts": SMALL_BTS,
     "bts, own streams": {**SMALL_BTS, "bts.expert_stream": "unchanged", "bts.gate_dropout": 0},
