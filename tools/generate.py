@@ -17,7 +17,7 @@ from megabts.errors import UsageError, UserError, run_tool
 
 if TYPE_CHECKING:
     from megabts.bts.model import BTSModel
-    from megabts.inference.engine import OnToken
+    from megabts.inference.generate import OnToken
     from megabts.moe.model import MoEModel
     from megabts.moe.router import Routes
     from megabts.tokenizers.protocol import Tokenizer
@@ -54,7 +54,8 @@ def main() -> None:
     texts = read_prompts(args.prompt, args.prompt_file)
     from megabts.bts.model import BTSModel
     from megabts.build import load_model
-    from megabts.inference.engine import GenerationSettings, generate, generate_uncached
+    from megabts.inference.generate import generate, generate_uncached
+    from megabts.inference.settings import GenerationSettings
     from megabts.moe.model import MoEModel
     from megabts.parallel.mesh import ParallelMesh
     from megabts.runtime.device import DTYPES, Launch, pick_device
@@ -139,7 +140,7 @@ def print_gates(model: "BTSModel", texts: list[list[int]]) -> None:
     import torch
 
     from megabts.bts.gates import record_gates
-    from megabts.inference.engine import score
+    from megabts.inference.generate import score
 
     with torch.inference_mode(), record_gates(model) as record:
         for text in texts:
@@ -156,7 +157,7 @@ def print_routes(model: "MoEModel", texts: list[list[int]], tokenizer: "Tokenize
     token's ffn experts in the last layer, the weightiest first."""
     import torch
 
-    from megabts.inference.engine import score
+    from megabts.inference.generate import score
     from megabts.moe.routes import record_routes
 
     last: list[tuple[list[int], list[float]]] = []

@@ -27,8 +27,8 @@ from megabts.parallel.collectives import enter
 from megabts.parallel.sharding import ParamMeta
 
 HISTORY, NEXT = "history", "next"
-"""In a generation's memory: log-likelihoods of the texts' last W tokens [members, b, W]; log-probabilities of the next
-token [members, b, V]."""
+"""In a generation's memory: log-likelihoods of the texts' last W tokens [b, members, W]; log-probabilities of the next
+token [b, members, V]."""
 
 
 class OutputMixture(nn.Module):
@@ -74,9 +74,10 @@ class OutputMixture(nn.Module):
             assert context is not None, "evidence is read off the tokens"
             assert context.tokens is not None
             memory = context.memory
-            known = self._known(members, normed, context.tokens, memory.get(NEXT))
-            evidence = self._look_back(known, context.starts, memory.get(HISTORY))
-            memory[HISTORY] = evidence[..., -1, :].flip(-1)
+            predicted, before = (memory[key].transpose(0, 1) if key in memory else None for key in (NEXT, HISTORY))
+            known = self._known(members, normed, context.tokens, predicted)
+            evidence = self._look_back(known, context.starts, before)
+            memory[HISTORY] = evidence[..., -1, :].flip(-1).transpose(0, 1)
         gates = self._log_gates(normed[0], evidence)
         if last:
             normed, gates = [state[-1:] for state in normed], gates[..., -1:]
@@ -87,7 +88,7 @@ class OutputMixture(nn.Module):
             share = share + gate.unsqueeze(-1)
             mixed = share if mixed is None else torch.logaddexp(mixed, share)
         if self.length and context is not None:
-            context.memory[NEXT] = torch.stack(following)
+            context.memory[NEXT] = torch.stack(following, 1)
         assert mixed is not None
         return mixed
 

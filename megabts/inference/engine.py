@@ -1,270 +1,203 @@
-"""Generation: prefill the prompts once, then one token a step over caches, for every kind of model alike.
+"""Continuous batching: requests come and go while the batch runs, and no row knows of the others.
 
-Prompts of different lengths are padded on the left, so that all rows write the same cache column. A padded row counts
-its positions from its own first token and never attends to padding. The *engine* moves the caches on, after all layers
-and members have run. `generate_uncached` recomputes everything for one row at a time: slow, without cache, padding or
-mask, and therefore what the fast path is tested against. Both give the same tokens for the same seed.
-Limit: one rank.
+    engine = Engine(model, max_rows=16, max_tokens=16 * 1024, tokenizer=tokenizer)
+    completion = engine.submit(Request(prompt, GenerationSettings(max_new_tokens=100)))
+    while engine.busy:
+        for event in engine.step():
+            ...
+
+A step reads one token of every running row, and the prompts of waiting requests that there is room for: a row of the
+batch, and tokens in the caches for prompt and completion together, taken when the row begins. So memory is known before
+the first token, and a row that began can finish. Requests begin in the order in which they came.
+
+The engine has no threads and does no input or output. It is used from one thread, on the first rank; other ranks of
+the model are in `ranks.follow` meanwhile, with the same `max_tokens`.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from types import TracebackType
 
 import torch
-from torch import Tensor, nn
 
 from megabts.config.model import ModelConfig
-from megabts.errors import UsageError, UserError
-from megabts.inference.kv_cache import KVCache
-from megabts.inference.sampling import sample
-from megabts.model.attention import Context, make_context
+from megabts.errors import UserError
+from megabts.inference.decoding import Admission, Decoding, Step
+from megabts.inference.kv_cache import Stretches, cache_bytes
+from megabts.inference.ranks import check_mesh, send
+from megabts.inference.rows import Completion, Event, Request, choose
 from megabts.model.decoder import Model
-from megabts.model.rope import rotation
-from megabts.parallel.sharding import name_seed
-
-OnToken = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How to choose tokens, and when to stop. Raises UsageError for a value that cannot be meant."""
-
-    max_new_tokens: int = 64
-    """Longest completion, tokens."""
-    temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens only; 0: among all."""
-    top_p: float = 1.0
-    """Sample among the smallest set of likeliest tokens with this probability; 1: among all."""
-    seed: int = 0
-    """Row i of a call draws from a generator of (seed, i)."""
-    stop_ids: tuple[int, ...] = ()
-    """A row ends before any of these; it is not part of the completion."""
-    eod_id: int | None = None
-    """End-of-document token, for models trained without attention across documents; others do not need it."""
-    num_ids: int = 0
-    """Choose among the first ids only: the tokenizer's, where the model's vocabulary is larger; 0: among all."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; ask for at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}; give a number of tokens, or 0 for all")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; give a probability above 0, up to 1 (off)")
-        if self.num_ids < 0:
-            raise UsageError(f"num_ids is {self.num_ids}; give a number of token ids, or 0 for all")
+from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.progress import Progress
+from megabts.tokenizers.protocol import Tokenizer
 
 
-def generate(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    on_token: OnToken | None = None,
-) -> list[list[int]]:
-    """Completions (without the prompts) of a batch of prompts; `on_token(row, id)` sees each token as it is chosen.
+class Engine:
+    """A model that completes requests. It is put into evaluation mode.
 
-    An exception from `on_token` ends the generation. Raises UserError when a prompt is empty, too long together with
-    the new tokens, or has ids outside the vocabulary.
-    """
-    check_prompts(model.config, prompts, settings.max_new_tokens)
-    output = _Output(settings, len(prompts), on_token)
-    if not prompts:
-        return output.rows
-    with _evaluating(model):
-        decoding = Decoding(model, prompts, settings.max_new_tokens, settings.eod_id)
-        logits = decoding.extend(decoding.prompts)
-        while True:
-            chosen = output.choose(logits, range(len(prompts)))
-            if not any(output.open):
-                return output.rows
-            logits = decoding.extend(chosen.unsqueeze(1))
-
-
-def generate_uncached(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    on_token: OnToken | None = None,
-) -> list[list[int]]:
-    """The same as `generate`, row after row, running the whole text through the model for every token."""
-    check_prompts(model.config, prompts, settings.max_new_tokens)
-    output = _Output(settings, len(prompts), on_token)
-    with _evaluating(model):
-        for row, prompt in enumerate(prompts):
-            while output.open[row]:
-                text = [*prompt, *output.rows[row]]
-                output.choose(score(model, text, settings.eod_id, len(prompt))[-1:], [row])
-    return output.rows
-
-
-def score(model: Model, tokens: Sequence[int], eod_id: int | None = None, prompt_length: int | None = None) -> Tensor:
-    """Logits [s, V] of one text in one forward pass without a cache; `eod_id` as in `GenerationSettings`.
-
-    `prompt_length`: its tokens that were there before the first one was chosen; None: all.
-    """
-    ids = torch.tensor([tokens], device=_device(model))
-    positions = torch.arange(len(tokens), device=ids.device)
-    documents = None if eod_id is None else document_numbers(ids == eod_id)
-    context = make_context(
-        model.config,
-        positions,
-        model.dtype,
-        document_ids=documents,
-        tokens=ids,
-        prompt_length=prompt_length or len(tokens),
-    )
-    return model.logits(model.run_layers(0, model.config.num_layers, model.embed(ids), context), context)[0]
-
-
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises UserError when a prompt cannot be continued by so many tokens."""
-    for number, prompt in enumerate(prompts, 1):
-        length, limit = len(prompt), config.max_seq_len
-        if not prompt:
-            raise UserError(f"prompt {number} is empty; begin with at least one token")
-        if length + max_new_tokens > limit:
-            raise UserError(
-                f"prompt {number} has {length} tokens, with {max_new_tokens} new ones {length + max_new_tokens}: "
-                f"more than the model's {limit} (model.max_seq_len); shorten it or ask for fewer"
-            )
-        for token in prompt:
-            if not 0 <= token < config.vocab_size:
-                raise UserError(
-                    f"prompt {number} has token {token}, the model's vocabulary ends at {config.vocab_size - 1}; "
-                    "is this the model's tokenizer?"
-                )
-
-
-class Decoding:
-    """A batch of texts in progress: one cache per member, how far left padding reaches in each row, the model's memory.
-
-    The first `extend` reads the prompts.
+    `max_rows`: completions that run at one time. `max_tokens`: tokens of theirs, prompts included, that the caches have
+    room for. `tokenizer`: for text in events, and stop strings. `prefill_tokens`: of prompts that begin in one step,
+    padding included; a longer one begins alone. `progress` is told of every step.
     """
 
     def __init__(
-        self, model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, eod_id: int | None = None
+        self,
+        model: Model,
+        max_rows: int,
+        max_tokens: int,
+        *,
+        tokenizer: Tokenizer | None = None,
+        mesh: ParallelMesh | None = None,
+        prefill_tokens: int = 4096,
+        progress: Progress | None = None,
     ) -> None:
+        self.mesh = mesh or ParallelMesh()
+        check_mesh(self.mesh)
+        assert self.mesh.rank == 0, "the other ranks follow"
+        model.train(False)
         self.model = model
-        self.eod_id = None if model.config.cross_document_attention else eod_id
-        self.device = _device(model)
-        width = max(map(len, prompts))
-        padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        self.prompts = torch.tensor(padded, device=self.device)
-        """[b, width], padded on the left."""
-        self.padding = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
-        self.ragged = bool(self.padding.any())
-        self.ends = torch.zeros(len(prompts), 0, dtype=torch.bool, device=self.device)
-        """[b, columns so far]: where a document ends; kept only where attention stops there."""
-        # The last token chosen is never read again, so it needs no place.
-        capacity = width + max_new_tokens - 1
-        self.memory: dict[str, Tensor] = {}
-        self.caches = [
-            KVCache(model.config, len(prompts), capacity, model.dtype, self.device)
-            for _ in range(model.num_local_members)
-        ]
-
-    def extend(self, tokens: Tensor) -> Tensor:
-        """Run the next tokens [b, s] of every row; returns the logits [b, V] after the last of them."""
-        start, length = self.caches[0].position, tokens.shape[1]
-        columns = torch.arange(start, start + length, device=self.device)
-        if self.eod_id is not None:
-            self.ends = torch.cat([self.ends, tokens == self.eod_id], 1)
-        positions = (columns.unsqueeze(1) - self.padding).clamp(min=0) if self.ragged else columns
-        rope = rotation(self.model.config, positions, self.model.dtype)
-        context = Context(
-            rope,
-            self._mask(columns),
-            tokens=tokens,
-            starts=self._starts(columns),
-            prompt_length=self.prompts.shape[1],
-            memory=self.memory,
-        )
-        hidden = self.model.embed(tokens)
-        hidden = self.model.run_layers(0, self.model.config.num_layers, hidden, context, self.caches)
-        for cache in self.caches:
-            cache.advance(length)
-        return self.model.logits(hidden, context, last=True)[:, 0]
-
-    def _starts(self, queries: Tensor) -> Tensor:
-        """Where among columns `queries` a text or a document starts, bool [b, s]."""
-        first = queries == self.padding.unsqueeze(1)
-        if self.eod_id is None:
-            return first
-        after_end = torch.nn.functional.pad(self.ends[:, :-1], (1, 0))[:, queries]
-        return first | (after_end & (queries > self.padding.unsqueeze(1)))
-
-    def _mask(self, queries: Tensor) -> Tensor | None:
-        """Where columns `queries` may look: [b or 1, 1, s, t]; None where plain causal (or one query) says the same."""
-        end = self.caches[0].position + len(queries)
-        if self.eod_id is None and not self.ragged and len(queries) in (1, end):
-            return None
-        keys = torch.arange(end, device=self.device)
-        causal = keys <= queries.unsqueeze(1)
-        allowed = causal & (keys >= self.padding.unsqueeze(1)).unsqueeze(1)
-        if self.eod_id is not None:
-            documents = document_numbers(self.ends)
-            allowed &= documents[:, queries].unsqueeze(2) == documents.unsqueeze(1)
-        # A padding column looks at itself: a softmax over nothing would be NaN.
-        itself = keys == queries.unsqueeze(1)
-        return (allowed | itself).unsqueeze(1)
-
-
-def document_numbers(ends: Tensor) -> Tensor:
-    """Which document each place belongs to, from 0, given where documents end [b, s]; the end belongs to its own."""
-    return ends.cumsum(1) - ends.long()
-
-
-class _Output:
-    """Completions so far, and which rows are still open."""
-
-    def __init__(self, settings: GenerationSettings, num_rows: int, on_token: OnToken | None) -> None:
-        self.settings = settings
-        self.on_token = on_token
-        self.rows: list[list[int]] = [[] for _ in range(num_rows)]
-        self.open = [True] * num_rows
-        seeds = [name_seed(f"row {row}", settings.seed) for row in range(num_rows)]
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def choose(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """Take a token for each of `rows` from logits [rows, V]; returns the ids [rows]."""
-        settings = self.settings
-        logits = logits[:, : settings.num_ids or None]
-        if not bool(logits.amax(-1).isfinite().all()):
-            raise UserError("the model's logits are not finite; the checkpoint is damaged or its training diverged")
-        generators = [self.generators[row] for row in rows]
-        chosen = sample(logits, settings.temperature, settings.top_k, settings.top_p, generators)
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            if self.open[row]:
-                self._take(row, token)
-        return chosen
-
-    def _take(self, row: int, token: int) -> None:
-        if token in self.settings.stop_ids:
-            self.open[row] = False
-            return
-        self.rows[row].append(token)
-        self.open[row] = len(self.rows[row]) < self.settings.max_new_tokens
-        if self.on_token is not None:
-            self.on_token(row, token)
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """No dropout, nothing recorded for a backward pass; the model's mode is as before afterwards."""
-    was_training = isinstance(model, nn.Module) and model.training
-    model.train(False)
-    try:
+        self.tokenizer = tokenizer
+        self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        self.prefill_tokens = prefill_tokens
+        self._progress = progress or Progress()
         with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+            self._decoding = Decoding(model, max_tokens, mesh)
+        self._stretches = Stretches(max_tokens)
+        self._waiting: deque[Completion] = deque()
+        self._rows: list[Completion] = []
+        """Those of the last forward pass, in its order."""
+        self._taken: dict[int, tuple[int, int]] = {}
+        """Stretch of the caches of each completion that runs, by its number."""
+        self._submitted = 0
+        self._steps = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all caches on this rank, bytes; it does not change."""
+        model = self.model
+        return model.num_local_members * cache_bytes(model.config, self.mesh.tp.size, self.max_tokens, model.dtype)
+
+    @property
+    def num_running(self) -> int:
+        """Completions that have begun and not ended."""
+        return len(self._taken)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._taken or self._waiting)
+
+    def submit(self, request: Request) -> Completion:
+        """Queue a request; what it becomes is in the completion returned, and in events with its `id`.
+
+        Raises UserError for a prompt that this model or engine cannot continue, UsageError for stop strings without
+        a tokenizer.
+        """
+        check_request(self.model.config, request)
+        if places(request) > self.max_tokens:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens, with {request.settings.max_new_tokens} new ones more "
+                f"than the {self.max_tokens} that the caches have room for; shorten it or ask for fewer"
+            )
+        completion = Completion(self._submitted, request, self.tokenizer)
+        self._submitted += 1
+        self._waiting.append(completion)
+        return completion
+
+    def cancel(self, completion: Completion) -> None:
+        """End a completion, if it has not ended: it takes no further part in any step, and has no further event."""
+        if completion.finish is None:
+            completion.finish = "cancelled"
+            self._release(completion)
+            if completion in self._waiting:
+                self._waiting.remove(completion)
+
+    def step(self) -> list[Event]:
+        """One token for every running row, the rows that begin now included; what happened, row by row.
+
+        Without anything to do it tells other ranks so: where there are some, call it now and then, or they take
+        silence for a hang. Raises UserError when logits are not finite.
+        """
+        kept = [index for index, row in enumerate(self._rows) if row.finish is None]
+        tokens = [self._rows[index].tokens[-1] for index in kept]
+        rows = [self._rows[index] for index in kept]
+        new = self._begin(self.max_rows - len(rows))
+        admitted = [Admission(self._taken[c.id][0], c.request.prompt, c.request.settings.eod_id) for c in new]
+        self._rows = rows + new
+        self._steps += 1
+        self._progress.enter("decoding", self._steps, timed=False)
+        step = Step(kept, tokens, admitted)
+        if self.mesh.world_size > 1:
+            send(step, self._decoding.device)
+        with torch.inference_mode():
+            logits = self._decoding.run(step)
+            events = [] if logits is None else choose(logits, self._rows)
+        for completion in self._rows:
+            if completion.finish is not None:
+                self._release(completion)
+        return events
+
+    def close(self) -> None:
+        """Send the other ranks home. Call it once, after the last step; not after an error, which ends them too."""
+        if self.mesh.world_size > 1:
+            send(None, self._decoding.device)
+
+    def __enter__(self) -> "Engine":
+        """Inside a `with` block, which closes the engine unless it ends with an error."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """See `__enter__`."""
+        if kind is None:
+            self.close()
+
+    def _begin(self, num_rows: int) -> list[Completion]:
+        """The first of those waiting, as far as there is room; they have taken it then."""
+        new: list[Completion] = []
+        width = 0
+        while self._waiting and len(new) < num_rows:
+            request = self._waiting[0].request
+            width = max(width, len(request.prompt))
+            if new and width * (len(new) + 1) > self.prefill_tokens:
+                break
+            size = places(request)
+            start = self._stretches.take(size)
+            if start is None:
+                break
+            completion = self._waiting.popleft()
+            self._taken[completion.id] = (start, size)
+            new.append(completion)
+        return new
+
+    def _release(self, completion: Completion) -> None:
+        stretch = self._taken.pop(completion.id, None)
+        if stretch is not None:
+            self._stretches.give(*stretch)
 
 
-def _device(model: Model) -> torch.device:
-    return next(model.parameters()).device
+def places(request: Request) -> int:
+    """Tokens of a cache that a request takes: the last token chosen is never read, so it needs none."""
+    return len(request.prompt) + request.settings.max_new_tokens - 1
+
+
+def check_request(config: ModelConfig, request: Request, name: str = "the prompt") -> None:
+    """Raises UserError when a prompt cannot be continued by so many tokens."""
+    prompt, new, limit = request.prompt, request.settings.max_new_tokens, config.max_seq_len
+    if not prompt:
+        raise UserError(f"{name} is empty; begin with at least one token")
+    if len(prompt) + new > limit:
+        raise UserError(
+            f"{name} has {len(prompt)} tokens, with {new} new ones {len(prompt) + new}: "
+            f"more than the model's {limit} (model.max_seq_len); shorten it or ask for fewer"
+        )
+    for token in prompt:
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"{name} has token {token}, the model's vocabulary ends at {config.vocab_size - 1}; "
+                "is this the model's tokenizer?"
+            )

@@ -54,3 +54,11 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     last = torch.searchsorted(running, total)  # the last token that is possible at all
     drawn = torch.searchsorted(running, uniform.unsqueeze(-1) * total, right=True)
     return torch.minimum(drawn, last).squeeze(-1)
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [V] with those of the `seen` ids, bool [V], divided by the penalty where positive, else multiplied.
+
+    Keskar et al. (arXiv 1909.05858, section 4.1), in the form of transformers, for which a logit's sign matters.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

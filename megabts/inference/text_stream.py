@@ -39,3 +39,38 @@ class TextStream:
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return after[len(before) :]
+
+
+class StopStrings:
+    """Holds back what may become a stop string, and ends the text before the first one that is complete.
+
+    Of two that are complete with the same character the one that begins first counts, so it does not matter in what
+    pieces the text comes.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = strings
+        self._held = ""
+
+    def add(self, piece: str) -> tuple[str, bool]:
+        """Text that is now certain, and whether a stop string was found: then it is the last."""
+        text = self._held + piece
+        places = [(text.find(string), string) for string in self.strings]
+        ends = [(place + len(string), place) for place, string in places if place >= 0]
+        if ends:
+            self._held = ""
+            return text[: min(ends)[1]], True
+        longest = max((_overlap(text, string) for string in self.strings), default=0)
+        self._held = text[len(text) - longest :]
+        return text[: len(text) - longest], False
+
+    def finish(self) -> str:
+        """What was held back and became no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, string: str) -> int:
+    """Length of the longest end of the text that `string` begins with."""
+    longest = min(len(text), len(string) - 1)
+    return next(length for length in range(longest, -1, -1) if text.endswith(string[:length]))

@@ -19,8 +19,8 @@ from megabts.model.attention import Context, LayerCache
 from megabts.model.backend import Backend
 
 EVIDENCE, NEXT = "evidence", "next"
-"""In a generation's memory: log-likelihoods of the texts so far [members, b], log-probabilities of the next token
-[members, b, V]."""
+"""In a generation's memory: log-likelihoods of the texts so far [b, members], log-probabilities of the next token
+[b, members, V]."""
 
 
 class Ensemble(SideBySide):
@@ -52,12 +52,11 @@ class Ensemble(SideBySide):
             for member, state in zip(members, hidden, strict=True)
             if len(state) > 1
         ]
-        predicted = memory.get(NEXT)  # of the first token here, by what came before
+        predicted, before = (memory[key].transpose(0, 1) if key in memory else None for key in (NEXT, EVIDENCE))
         first = tokens[:, 0].expand(len(members), -1).unsqueeze(-1)
+        # Of the first token here, by what came before.
         start = torch.zeros(first.shape, device=hidden.device) if predicted is None else predicted.gather(-1, first)
-        evidence = _evidence(
-            torch.cat([start, torch.stack(known)], -1) if known else start, context.starts, memory.get(EVIDENCE)
-        )
+        evidence = _evidence(torch.cat([start, torch.stack(known)], -1) if known else start, context.starts, before)
         weights = self._log_weights(evidence)
         if last:
             hidden, weights = hidden[:, -1:], weights[..., -1:]
@@ -67,7 +66,7 @@ class Ensemble(SideBySide):
             following.append(share[:, -1])
             share = share + weight.unsqueeze(-1).to(share.dtype)
             mixed = share if mixed is None else torch.logaddexp(mixed, share)
-        memory[EVIDENCE], memory[NEXT] = evidence[..., -1], torch.stack(following)
+        memory[EVIDENCE], memory[NEXT] = evidence[..., -1].T, torch.stack(following, 1)
         assert mixed is not None
         return mixed
 

@@ -68,7 +68,7 @@ class Routing(SideBySide):
         for index, member, rows in self._shares(context):
             if rows is None:
                 return member.run_layers(first, last, hidden, context, cache[index : index + 1] if cache else None)
-            caches = [_RowCache(cache[index], rows, hidden.shape[1])] if cache else None
+            caches = [cache[index].of_rows(rows)] if cache else None
             out[:, rows] = member.run_layers(first, last, hidden[:, rows], context.of_rows(rows), caches)
         return out
 
@@ -126,22 +126,3 @@ class Routing(SideBySide):
         chosen = choice.unique().tolist()
         for index in chosen:
             yield index, members[index], None if len(chosen) == 1 else (choice == index).nonzero().squeeze(1)
-
-
-class _RowCache:
-    """A cache seen by a member that runs on some of the batch's rows: a `LayerCache`. Other rows hold zeros."""
-
-    def __init__(self, cache: LayerCache, rows: Tensor, batch: int) -> None:
-        self.cache = cache
-        self.rows = rows
-        self.batch = batch
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [s, rows, kv_heads, hd]; returns these rows' so far."""
-        keys, values = self.cache.append(layer, self._spread(key), self._spread(value))
-        return keys[:, self.rows], values[:, self.rows]
-
-    def _spread(self, part: Tensor) -> Tensor:
-        whole = part.new_zeros(part.shape[0], self.batch, *part.shape[2:])
-        whole[:, self.rows] = part
-        return whole

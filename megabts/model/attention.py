@@ -21,6 +21,10 @@ class LayerCache(Protocol):
         """Store [s, b, kv_heads, hd] after what is there; returns all so far. The owner moves the position on."""
         ...
 
+    def of_rows(self, rows: Tensor) -> "LayerCache":
+        """For these rows [r] of the batch alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Context:
@@ -39,7 +43,8 @@ class Context:
     prompt_length: int | None = None
     """How many of the first positions are a prompt; None: the text is a window, which has none."""
     memory: dict[str, Tensor] = field(default_factory=dict)
-    """What a model of several members knows of the texts so far. A generation has one for all its forward passes."""
+    """What a model of several members knows of the texts so far, each tensor with b first. A generation hands it from one
+    forward pass to the next; rows may come and go between them."""
     step: int = 0
     """Training steps done: the temperature of sampled routing falls with them."""
 

@@ -91,7 +91,7 @@ def test_an_ensembles_posterior_starts_anew_with_each_window() -> None:
 
 def next_losses(model: Model, row: np.ndarray) -> torch.Tensor:
     """-log p(token t + 1) of one window, every prefix by itself."""
-    from megabts.inference.engine import score
+    from megabts.inference.generate import score
 
     losses = []
     for t in range(1, len(row)):

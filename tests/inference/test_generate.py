@@ -12,12 +12,15 @@ from transformers import LlamaForCausalLM
 from megabts.checkpoint.hf import weights_from_hf
 from megabts.checkpoint.hf_config import config_from_hf
 from megabts.errors import UsageError, UserError
-from megabts.inference.engine import Decoding, GenerationSettings, generate, generate_uncached, score
+from megabts.inference.decoding import _prefill_mask
+from megabts.inference.generate import generate, generate_uncached, score
+from megabts.inference.settings import GenerationSettings
 from megabts.model.decoder import Decoder
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import load_full, named_metas
 from tests.inference.models import MODELS, build, dense, stitched
+from tests.inference.steps import Batch
 
 HUB = Path(__file__).parent.parent / "golden" / "bts" / "members" / "hub"
 PROMPTS = [[5, 17, 42, 3, 60, 8, 1], [9], [33, 33, 7, 21]]
@@ -43,10 +46,10 @@ def test_logits_of_every_step(name: str, prompts: list[list[int]]) -> None:
     texts = [[*prompt, 11, 12, 13, 14] for prompt in prompts]
     with torch.inference_mode():
         whole = [score(model, text) for text in texts]
-        decoding = Decoding(model, prompts, 5)
-        check_step(decoding.extend(decoding.prompts), whole, prompts, 0)
+        batch = Batch(model, prompts, 5)
+        check_step(batch.begin(), whole, prompts, 0)
         for step, token in enumerate([11, 12, 13, 14], 1):
-            check_step(decoding.extend(torch.full((len(prompts), 1), token)), whole, prompts, step)
+            check_step(batch.extend(token), whole, prompts, step)
 
 
 def check_step(logits: Tensor, whole: Sequence[Tensor], prompts: Sequence[Sequence[int]], step: int) -> None:
@@ -54,24 +57,9 @@ def check_step(logits: Tensor, whole: Sequence[Tensor], prompts: Sequence[Sequen
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("prompts", [[PROMPTS[0]], [PROMPTS[0], PROMPTS[2]]], ids=["one", "ragged"])
-def test_several_tokens_after_the_first(prompts: list[list[int]]) -> None:
-    """A prompt may also come in pieces: the mask is then causal from the piece's place on."""
-    model = dense()
-    with torch.inference_mode():
-        whole = Decoding(model, prompts, 1)
-        expected = whole.extend(whole.prompts)
-        pieces = Decoding(model, prompts, 1)
-        for piece in pieces.prompts.split([2, 4, 1], 1):
-            logits = pieces.extend(piece)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_padding_is_seen_by_nobody_but_itself() -> None:
     """And no query is left with nothing to look at: a backend may make NaN of that."""
-    decoding = Decoding(dense(), [[1, 2, 3], [4]], 1)
-    mask = decoding._mask(torch.arange(3))
-    assert mask is not None
+    mask = _prefill_mask(torch.tensor([0, 2]), torch.zeros(2, 3))
     assert mask[:, 0].int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]]
 
 

@@ -18,7 +18,8 @@ from megabts.checkpoint.source import CONFIG_FILE
 from megabts.config.load import to_yaml
 from megabts.config.methods import BTSConfig
 from megabts.config.run import RunConfig
-from megabts.inference.engine import GenerationSettings, generate, score
+from megabts.inference.generate import generate, score
+from megabts.inference.settings import GenerationSettings
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise

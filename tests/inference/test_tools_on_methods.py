@@ -20,7 +20,8 @@ from megabts.checkpoint.reader import load_tensors
 from megabts.checkpoint.source import CONFIG_FILE
 from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
-from megabts.inference.engine import GenerationSettings, generate, score
+from megabts.inference.generate import generate, score
+from megabts.inference.settings import GenerationSettings
 from megabts.merge.routing import Routing
 from megabts.model.decoder import Model
 from megabts.moe.model import MoEModel

@@ -18,12 +18,14 @@ from megabts.config.methods import BTMConfig
 from megabts.config.run import RunConfig
 from megabts.data.indexed import IndexedDatasetBuilder
 from megabts.errors import UsageError
-from megabts.inference.engine import Decoding, GenerationSettings, generate, generate_uncached, score
+from megabts.inference.generate import generate, generate_uncached, score
+from megabts.inference.settings import GenerationSettings
 from megabts.merge import members as members_module
 from megabts.merge.ensemble import Ensemble
 from megabts.model.decoder import sequence_loss
 from megabts.parallel.layout import check_layout
 from tests.bts.folders import write_members
+from tests.inference.steps import Batch
 from tests.merge.models import MESH, backend, config, dense_like, folders, randomised, windows
 
 ROOT = Path(__file__).parents[2]
@@ -113,13 +115,13 @@ def test_the_posterior_is_carried_exactly(cross: bool) -> None:
     texts = [[*prompt, *following] for prompt in PROMPTS]
     with torch.inference_mode():
         whole = [score(model, text, eod_id=8) for text in texts]
-        decoding = Decoding(model, PROMPTS, 5, eod_id=8)
-        logits = decoding.extend(decoding.prompts)
+        batch = Batch(model, PROMPTS, 5, eod_id=8)
+        logits = batch.begin()
         for step, token in enumerate([*following, 0]):
             expected = torch.stack([row[len(prompt) - 1 + step] for row, prompt in zip(whole, PROMPTS, strict=True)])
             torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
             if step < 4:
-                logits = decoding.extend(torch.full((3, 1), token))
+                logits = batch.extend(token)
 
 
 def test_published_size() -> None:

@@ -20,13 +20,15 @@ from megabts.config.run import RunConfig
 from megabts.data.indexed import IndexedDatasetBuilder
 from megabts.errors import UsageError
 from megabts.evaluation.perplexity import batch_loss
-from megabts.inference.engine import Decoding, GenerationSettings, generate, generate_uncached, score
+from megabts.inference.generate import generate, generate_uncached, score
+from megabts.inference.settings import GenerationSettings
 from megabts.merge.routing import CHOICE, Routing
 from megabts.model.attention import Context, make_context
 from megabts.model.decoder import sequence_loss
 from megabts.parallel.layout import check_layout
 from megabts.parallel.sharding import name_seed
 from tests.bts.folders import write_members
+from tests.inference.steps import Batch
 from tests.merge.models import MESH, backend, config, dense_like, folders, randomised, windows
 from tests.train.runs import arguments, build, train
 
@@ -112,8 +114,8 @@ def test_identical_members_are_the_dense_model() -> None:
     with torch.inference_mode():
         for prompt in PROMPTS:
             torch.testing.assert_close(score(model, prompt), score(dense, prompt), rtol=1e-9, atol=1e-9)
-        ours, theirs = (Decoding(m, PROMPTS, 3) for m in (model, dense))
-        torch.testing.assert_close(ours.extend(ours.prompts), theirs.extend(theirs.prompts), rtol=1e-9, atol=1e-9)
+        ours, theirs = (Batch(m, PROMPTS, 3) for m in (model, dense))
+        torch.testing.assert_close(ours.begin(), theirs.begin(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.2])

@@ -18,7 +18,8 @@ from megabts.config.methods import MoEConfig
 from megabts.config.model import ModelConfig
 from megabts.config.run import RunConfig
 from megabts.errors import UsageError
-from megabts.inference.engine import GenerationSettings, generate, generate_uncached, score
+from megabts.inference.generate import generate, generate_uncached, score
+from megabts.inference.settings import GenerationSettings
 from megabts.model.attention import Context, make_context
 from megabts.model.decoder import sequence_loss
 from megabts.moe.adapters import Adapters

@@ -17,7 +17,8 @@ from megabts.checkpoint.manifest import MODEL_FILE
 from megabts.checkpoint.storage import step_name
 from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
-from megabts.inference.engine import GenerationSettings, generate, generate_uncached
+from megabts.inference.generate import generate, generate_uncached
+from megabts.inference.settings import GenerationSettings
 from megabts.moe.flops import moe_flops
 from megabts.moe.upcycle import NEW
 from megabts.parallel.mesh import ParallelMesh

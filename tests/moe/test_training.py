@@ -19,7 +19,8 @@ from megabts.config.load import load_config
 from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
 from megabts.errors import UsageError
-from megabts.inference.engine import GenerationSettings, generate, generate_uncached
+from megabts.inference.generate import generate, generate_uncached
+from megabts.inference.settings import GenerationSettings
 from megabts.moe.flops import moe_flops
 from megabts.parallel.layout import check_layout
 from megabts.parallel.mesh import ParallelMesh

@@ -20,7 +20,7 @@ from megabts.config.load import load_config
 from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
 from megabts.errors import UsageError, UserError
-from megabts.inference.engine import score
+from megabts.inference.generate import score
 from megabts.model.attention import Context
 from megabts.model.decoder import Decoder
 from megabts.moe.flops import moe_flops

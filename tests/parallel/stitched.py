@@ -10,7 +10,8 @@ from torch import Tensor
 from megabts.bts.flow import needs_gradient
 from megabts.bts.gates import record_gates
 from megabts.bts.model import BTSModel
-from megabts.inference.engine import GenerationSettings, generate
+from megabts.inference.generate import generate
+from megabts.inference.settings import GenerationSettings
 from megabts.model.attention import Context, make_context
 from megabts.model.part import Part
 from megabts.model.torch_backend import TorchBackend
