@@ -118,7 +118,7 @@ def upcycle(
     config = replace(config, method="moe", model=first.config)
     config.moe.ffn_width(config.model.ffn_size)
     metas = {name: meta for name, _, meta in whole_model(config).own_parameters()}
-    blobs, state = _beside(config, first.tokenizer)
+    blobs, state = untrained_files(config, first.tokenizer)
     write_upcycled(out, config.moe, sources, metas, blobs, state, seed, watch)
     return config
 
@@ -151,7 +151,7 @@ def _initial(config: RunConfig, known: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def _beside(config: RunConfig, tokenizer_folder: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+def untrained_files(config: RunConfig, tokenizer_folder: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(small files, state) of a checkpoint of `config` that no run has trained."""
     tokenizer = build_tokenizer(tokenizer_folder) if tokenizer_folder else None
     state = {"step": 0, "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else ""}
@@ -162,6 +162,6 @@ def _write(
     out: Path, config: RunConfig, tensors: Mapping[str, Tensor], members: list[MemberRecord], tokenizer_folder: str
 ) -> RunConfig:
     """A checkpoint folder of `config` at `out`."""
-    blobs, state = _beside(config, tokenizer_folder)
+    blobs, state = untrained_files(config, tokenizer_folder)
     write_checkpoint(out, {MODEL_FILE: tensors}, blobs, state, members)
     return config

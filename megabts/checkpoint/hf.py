@@ -58,17 +58,60 @@ LLAMA_NAMES: Names = {
     "final_norm.weight": (Theirs("model.norm.weight", ("hidden",)),),
     HEAD: (Theirs("lm_head.weight", ("vocab", "hidden")),),
 }
-FAMILIES: Mapping[str, Names] = {"llama": LLAMA_NAMES}
 
 
-def weights_from_hf(hf_dir: Path, order: Iterable[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+def _with_layer_names(more: Names) -> Names:
+    """Llama's table with these layers' names added, or in place of its own."""
+    keys = [*LLAMA_NAMES, *(key for key in more if key not in LLAMA_NAMES)]
+    table = {**LLAMA_NAMES, **more}
+    first = [key for key in keys if "{i}" not in key][:1]
+    last = [key for key in keys if "{i}" not in key][1:]
+    return {key: table[key] for key in [*first, *(key for key in keys if "{i}" in key), *last]}
+
+
+def _norm_names(query: str, key: str) -> Names:
+    return {
+        "layers.{i}.attention.q_norm.weight": (Theirs("model.layers.{i}.self_attn.q_norm.weight", (query,)),),
+        "layers.{i}.attention.k_norm.weight": (Theirs("model.layers.{i}.self_attn.k_norm.weight", (key,)),),
+    }
+
+
+QWEN2_NAMES = _with_layer_names(
+    {
+        "layers.{i}.attention.qkv.bias": (
+            Theirs("model.layers.{i}.self_attn.q_proj.bias", ("query",)),
+            Theirs("model.layers.{i}.self_attn.k_proj.bias", ("key_value",)),
+            Theirs("model.layers.{i}.self_attn.v_proj.bias", ("key_value",)),
+        )
+    }
+)
+QWEN3_NAMES = _with_layer_names(_norm_names("head", "head"))
+OLMO2_NAMES = _with_layer_names(
+    {
+        "layers.{i}.attention_norm.weight": (Theirs("model.layers.{i}.post_attention_layernorm.weight", ("hidden",)),),
+        "layers.{i}.mlp_norm.weight": (Theirs("model.layers.{i}.post_feedforward_layernorm.weight", ("hidden",)),),
+        **_norm_names("query", "key_value"),
+    }
+)
+FAMILIES: Mapping[str, Names] = {
+    "llama": LLAMA_NAMES,
+    "mistral": LLAMA_NAMES,
+    "qwen2": QWEN2_NAMES,
+    "qwen3": QWEN3_NAMES,
+    "olmo2": OLMO2_NAMES,
+}
+
+
+def weights_from_hf(
+    hf_dir: Path, order: Iterable[str] = (), config: ModelConfig | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """All megabts parameters of a Hugging Face folder, by name, one at a time, in the stored type.
 
-    `order`: all names in the order wanted. All names and shapes are checked before the first one comes. Raises
-    UserError.
+    `order`: all names in the order wanted. `config`: of `config_from_hf`, where the caller has asked already. All names
+    and shapes are checked before the first one comes. Raises UserError.
     """
     hf_dir = Path(hf_dir)
-    config = config_from_hf(hf_dir)
+    config = config or config_from_hf(hf_dir)
     names = _expand(FAMILIES[read_config(hf_dir)["model_type"]], config)
     sizes = _sizes(config)
     with ExitStack() as stack:
@@ -190,5 +233,6 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
         "hidden": config.hidden_size,
         "query": config.num_heads * config.head_dim,
         "key_value": config.num_kv_heads * config.head_dim,
+        "head": config.head_dim,
         "ffn": config.ffn_size,
     }

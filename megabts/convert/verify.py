@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megabts.build import load_model
 from megabts.config.model import ModelConfig
 from megabts.errors import UserError
 from megabts.model.attention import make_context
 from megabts.model.decoder import Model
+from megabts.parallel.mesh import ParallelMesh
 
 THRESHOLD = 1e-4
 """Largest difference of two logits, as a part of the largest logit."""
@@ -48,6 +50,16 @@ def model_logits(model: Model, tokens: Tensor) -> Tensor:
     context = make_context(model.config, torch.arange(tokens.shape[1]), model.dtype, tokens=tokens)
     hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
     return model.logits(hidden, context).float()
+
+
+def checkpoint_logits(checkpoint: Path, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Logits [b, s, V] of a megabts checkpoint of any method, fp32; `dtype`: its weights rounded to that first."""
+    model = load_model(checkpoint, ParallelMesh(), torch.float32, "cpu").model.eval()
+    if dtype is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+    return model_logits(model, tokens)
 
 
 @torch.no_grad()
