@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/compare[-DATA][-PRESET]")
     parser.add_argument("--data", type=Path, metavar="DIR", help="corpora: DIR/DOMAIN/{train,valid}.jsonl[.gz]")
     parser.add_argument(
-        "--minutes", type=float, default=60.0, help="runs are scaled to take about so long a seed on 2 cores (60)"
+        "--minutes", type=float, help="runs are scaled to take about so long a seed (the preset's; tiny: 60 on 2 cores)"
     )
     parser.add_argument("--seeds", default="0", metavar="S,S,...", help="of weights and data order (default: 0)")
     parser.add_argument("--preset", default="tiny", help="folder of examples/configs/compare (default: tiny)")
@@ -30,10 +30,10 @@ def main() -> int:
         "--cross-capability", action="store_true", help="also math in code (without --data): a task for two experts"
     )
     parser.add_argument("--changes", action="store_true", help="also experts taken out of a BTS model, and one added")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="smaller for little text (default: 4096)")
+    parser.add_argument("--vocab-size", type=int, help="smaller for little text (default: the preset's; tiny: 4096)")
     parser.add_argument("--parse-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.minutes <= 0:
+    if args.minutes is not None and args.minutes <= 0:
         raise UsageError(f"--minutes is {args.minutes:g}; it must be above 0")
     if args.cross_capability and args.data:
         raise UsageError("--cross-capability needs the built-in corpora; leave out --data")
@@ -41,17 +41,16 @@ def main() -> int:
     if args.parse_only:
         return 0
 
-    from megabts.experiment.base import CONFIGS
     from megabts.experiment.comparison import Comparison
     from megabts.experiment.comparison_results import collect, markdown, write_comparison
     from megabts.experiment.recipe import find_corpora
+    from megabts.experiment.scale import read_scale
     from megabts.experiment.studies import all_stages
-    from megabts.runtime.device import num_cores
+    from megabts.runtime.device import gpu_names, num_cores
     from megabts.runtime.stages import run_stages
 
-    presets = sorted(path.name for path in (CONFIGS / "compare").iterdir())
-    if args.preset not in presets:
-        raise UsageError(f"--preset {args.preset} is none of {', '.join(presets)}")
+    scale = read_scale(args.preset)
+    minutes, vocab_size = args.minutes or scale.minutes, args.vocab_size or scale.vocab_size
     out = args.out or default_out(args.data, args.preset)
     domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
     flags = {"ablations": args.ablations, "cross-capability": args.cross_capability, "changes": args.changes}
@@ -59,7 +58,7 @@ def main() -> int:
     methods = tuple(filter(None, args.methods.split(",")))
     comparisons = [
         Comparison(
-            *(out / f"seed{seed}", args.data or out / "corpora", domains, args.minutes, seed, args.vocab_size),
+            *(out / f"seed{seed}", args.data or out / "corpora", domains, minutes, seed, vocab_size),
             preset=args.preset,
             studies=studies,
             methods=methods,
@@ -72,7 +71,8 @@ def main() -> int:
         raise UsageError(f"--methods names {', '.join(sorted(unknown))}, which is none of {names}")
     for comparison in comparisons:
         comparison.write_settings()
-    run_stages(all_stages(comparisons, built_in=args.data is None), workers=num_cores(), threads=num_cores())
+    stages = all_stages(comparisons, built_in=args.data is None)
+    run_stages(stages, workers=num_cores(), threads=num_cores(), gpus=gpu_names())
     result = collect(comparisons)
     print(markdown(result))
     for path in write_comparison(result, out):

@@ -36,7 +36,7 @@ def main() -> int:
 
     from megabts.experiment.quickstart import Quickstart
     from megabts.experiment.recipe import find_corpora
-    from megabts.runtime.device import num_cores
+    from megabts.runtime.device import gpu_names, num_cores
     from megabts.runtime.stages import run_stages
     from megabts.viz.records import Report
     from megabts.viz.report import results_table
@@ -46,7 +46,7 @@ def main() -> int:
     quickstart = Quickstart(out, args.data or out / "corpora", domains, args.minutes, args.seed, args.vocab_size)
     quickstart.write_settings()
     stages = quickstart.stages(built_in=args.data is None)
-    run_stages(stages, workers=num_cores(), threads=num_cores())
+    run_stages(stages, workers=num_cores(), threads=num_cores(), gpus=gpu_names())
     report = Report.from_dict(json.loads((out / "report.json").read_text()))
     Console().print(results_table(report))
     for claim, holds, numbers in report.checks:

@@ -6,6 +6,7 @@ models gain little from more, and they need no communication.
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ SETTINGS = "experiment.json"
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(ABC):
     """One experiment: where it is written, what it reads, how long and from which seed it trains."""
 
     out: Path
@@ -38,11 +39,18 @@ class Experiment:
 
     kind: ClassVar[str]
     """What people call it."""
-    full_minutes: ClassVar[float]
-    """What the step counts of the configurations are made for, on two cores."""
-
     free: ClassVar[tuple[str, ...]] = ()
     """Settings that may change when an experiment is gone on with."""
+
+    @property
+    @abstractmethod
+    def full_minutes(self) -> float:
+        """What the step counts of the configurations are made for."""
+
+    @property
+    def tokenizer_bytes(self) -> int:
+        """Text of each domain that the tokenizer is trained on."""
+        return TOKENIZER_BYTES
 
     @property
     def configs(self) -> Path:
@@ -101,8 +109,10 @@ class Experiment:
         return _config(self.configs / f"{kind}.yaml")
 
     def steps(self, kind: str) -> int:
-        """Training steps of a kind of run: the configuration's, scaled by the minutes."""
-        return max(20, round(self.config(kind).train.steps * self.minutes / self.full_minutes))
+        """Training steps of a kind of run: the configuration's, scaled by the minutes, but more than its warm-up."""
+        config = self.config(kind)
+        scaled = round(config.train.steps * self.minutes / self.full_minutes)
+        return max(config.optimizer.warmup_steps + 2, scaled)
 
     def stage(self, name: str, title: str, tool: str, *arguments: str | Path, **options: object) -> Stage:
         """A command of `tools/` of its own."""
@@ -124,7 +134,7 @@ class Experiment:
             "train_tokenizer.py",
             *("--type", "sentencepiece-bpe", "--output", self.data / "tokenizer"),
             *("--input", *train),
-            *("--vocab-size", str(self.vocab_size), "--bytes-per-file", str(TOKENIZER_BYTES)),
+            *("--vocab-size", str(self.vocab_size), "--bytes-per-file", str(self.tokenizer_bytes)),
             needs=needs,
         )
         return [*stages, tokenizer, *self._preprocess_stages()]
@@ -167,6 +177,8 @@ class Experiment:
             needs=needs,
             metrics=run_dir,
             total_steps=steps,
+            makes=run_dir,
+            resumes=True,
             exclusive=exclusive,
         )
 
@@ -182,9 +194,10 @@ class Experiment:
     def soup_stage(self, needs: tuple[str, ...]) -> Stage:
         """The average of all members."""
         members = [self.run_dir("seed"), *self.experts.values()]
-        arguments = [item for member in members for item in ("--member", member)]
+        arguments: list[str | Path] = [item for member in members for item in ("--member", member)]
         out = self.run_dir("soup")
-        return self.stage("soup", "average the members", "merge.py", "soup", *arguments, "--out", out, needs=needs)
+        arguments += ["--out", out]
+        return self.stage("soup", "average the members", "merge.py", "soup", *arguments, needs=needs, makes=out)
 
 
 def data_stage(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megabts.bts.flops import bts_flops
 from megabts.bts.plan import stitch_plan
-from megabts.config.methods import FORMS
-from megabts.experiment.base import CONFIGS, Experiment
+from megabts.experiment.base import Experiment
+from megabts.experiment.forms import STITCHED, Settings, ablations
+from megabts.experiment.scale import PRESETS, Scale, read_scale
 from megabts.model.flops import dense_flops
 from megabts.runtime.stages import Stage
 
@@ -23,34 +24,6 @@ UPCYCLED: dict[str, tuple[str, ...]] = {
 }
 """Method and arguments of `tools/upcycle.py`."""
 
-STITCHED: dict[str, dict[str, str]] = {
-    name: {key: str(value) for key, value in form.items()} for name, form in FORMS.items()
-}
-"""Stitched models and how their settings differ from the paper's form."""
-
-ABLATIONS: dict[str, dict[str, str]] = {
-    "bts, K = 1": {"num_stitch_layers": "1"},
-    "bts, K = 2": {"num_stitch_layers": "2"},
-    "bts, K = L": {"num_stitch_layers": "8"},
-    "bts, Experts-into-Hub only": {"alternating": "false"},
-    "bts, stream unchanged": {"expert_stream": "unchanged"},
-    "bts, hub leaning": {"start": "hub_leaning"},
-    "bts, hub preserving": {"start": "hub_preserving"},
-    "bts, token gates": {"gate": "token"},
-    "bts, normalised gate input": {"gate_input": "normalised"},
-    "bts, low rank, K = L": {"num_stitch_layers": "8", "projection_rank": "32"},
-    "bts-mixture, no evidence": {"output": "mixture", "gate_input": "normalised", "expert_stream": "unchanged"},
-    "bts-mixture, nothing else": {"output": "mixture"},
-    "bts-mixture, token gates": {**STITCHED["bts-mixture"], "gate": "token"},
-    "bts-mixture, K = 1": {**STITCHED["bts-mixture"], "num_stitch_layers": "1"},
-}
-"""The paper's ablations and forms beyond it; `--ablations` adds them."""
-
-HUB_CHOICE = "bts, hub "
-"""Ablation: an expert is the hub, and the seed one of its experts."""
-WINDOWS = 60
-"""Windows per domain that losses are measured on."""
-
 
 @dataclass(frozen=True)
 class Comparison(Experiment):
@@ -61,16 +34,30 @@ class Comparison(Experiment):
     """What is added: of ablations, cross-capability, changes."""
 
     kind = "compare"
-    full_minutes = 60
     methods: tuple[str, ...] = ()
     """Of the methods, those to compare beside seed and experts; none: all."""
 
     free = ("studies", "methods")
 
     @property
+    def scale(self) -> Scale:
+        """The preset's."""
+        return read_scale(self.preset)
+
+    @property
+    def full_minutes(self) -> float:
+        """The preset's."""
+        return self.scale.minutes
+
+    @property
+    def tokenizer_bytes(self) -> int:
+        """The preset's."""
+        return self.scale.tokenizer_bytes
+
+    @property
     def configs(self) -> Path:
         """Folder of the preset's configurations."""
-        return CONFIGS / "compare" / self.preset
+        return PRESETS / self.preset
 
     @property
     def data(self) -> Path:
@@ -83,17 +70,11 @@ class Comparison(Experiment):
         return {"seed": self.run_dir("seed"), **self.experts}
 
     @property
-    def stitched(self) -> dict[str, dict[str, str]]:
-        """The stitched models: name -> settings."""
+    def stitched(self) -> dict[str, Settings]:
+        """The stitched models: name -> how they differ from the paper's form."""
         if "ablations" not in self.studies:
             return STITCHED
-        layers = str(self.config("seed").model.num_layers)
-        forms = {
-            name: {key: layers if (key, value) == ("num_stitch_layers", "8") else value for key, value in form.items()}
-            for name, form in ABLATIONS.items()
-        }
-        hubs = {HUB_CHOICE + domain: {"hub": domain} for domain in list(self.experts)[:1]}
-        return STITCHED | forms | hubs
+        return STITCHED | ablations(self.config("seed").model, self.config("stitch"), tuple(self.experts))
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -150,25 +131,20 @@ class Comparison(Experiment):
             members = ["--member", f"seed={self.run_dir('seed')}", "--copies", str(len(self.members))]
         else:
             members = [item for key, path in self.members.items() for item in ("--member", f"{key}={path}")]
-        common: tuple[str | Path, ...] = (
-            "--method",
-            method,
-            *members,
-            "--seed",
-            str(self.seed),
-            "--out",
-            self.run_dir(f"{name}-start"),
-        )
-        return self.stage(f"{name}-start", f"upcycle {name}", "upcycle.py", *common, *arguments, needs=needs)
+        start = self.run_dir(f"{name}-start")
+        common: tuple[str | Path, ...] = ("--method", method, *members, "--seed", str(self.seed), "--out", start)
+        title = f"upcycle {name}"
+        return self.stage(f"{name}-start", title, "upcycle.py", *common, *arguments, needs=needs, makes=start)
 
     def _btm(self, needs: tuple[str, ...]) -> Stage:
         members = [item for key, path in self.members.items() for item in ("--member", f"{key}={path}")]
-        return self.stage("btm", "make btm", "merge.py", "btm", *members, "--out", self.run_dir("btm"), needs=needs)
+        out = self.run_dir("btm")
+        return self.stage("btm", "make btm", "merge.py", "btm", *members, "--out", out, needs=needs, makes=out)
 
     def stitch(
-        self, name: str, settings: dict[str, str], needs: tuple[str, ...], mixture: dict[str, float] | None = None
+        self, name: str, settings: Settings, needs: tuple[str, ...], mixture: dict[str, float] | None = None
     ) -> Stage:
-        """Training of stitches that differ from the paper's form by `settings` (`hub`: an expert; `without`: one)."""
+        """Training of stitches that differ from the paper's form by `settings`."""
         experts, hub = dict(self.experts), self.run_dir("seed")
         if "hub" in settings:
             experts = {"seed": hub, **experts}
@@ -176,7 +152,7 @@ class Comparison(Experiment):
         if "without" in settings:
             experts.pop(settings["without"])
         forms = [
-            item for key, value in settings.items() if key not in ("hub", "without") for item in (f"--bts.{key}", value)
+            item for key, value in settings.items() if key not in ("hub", "without") for item in (f"--{key}", value)
         ]
         members = ("--bts.hub", hub, "--bts.experts", self._paths(experts))
         return self.train(name, "stitch", mixture or self.mixtures.stitch, needs, *members, *forms)
@@ -190,7 +166,7 @@ class Comparison(Experiment):
             f"evaluate {name}",
             "evaluate.py",
             *("--checkpoint", self.run_dir(model), "--json", self.losses(name), "--protocol", "documents"),
-            *("--samples", str(WINDOWS), "--seq-length", str(self.config("seed").data.seq_length)),
+            *("--samples", str(self.scale.windows), "--seq-length", str(self.config("seed").data.seq_length)),
             *("--data", *(f"{domain}={self.prefix(domain, 'valid')}" for domain in domains or self.domains)),
             *arguments,
             needs=(model, *needs),

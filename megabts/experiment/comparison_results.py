@@ -20,6 +20,7 @@ from megabts.config.load import from_yaml
 from megabts.config.run import RunConfig
 from megabts.evaluation.windows import MIXED
 from megabts.experiment.comparison import Comparison
+from megabts.experiment.forms import STITCHED
 from megabts.experiment.studies import ADDED, ADDED_START, CROSS, FEW, cross_names
 from megabts.runtime.metrics import read_metrics
 
@@ -167,8 +168,8 @@ def _cost(comparison: Comparison, name: str) -> tuple[float, float, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Two tables: losses per domain with mean and spread (the paper's Table 3), and costs (its Table 2)."""
-    domains, methods = result["domains"], result["methods"]
+    """Losses per domain with mean and spread (the paper's Table 3), costs (its Table 2), then what was added."""
+    domains, methods = result["domains"], {name: e for name, e in result["methods"].items() if form_of(name) == name}
     best = min(entry["average"] for entry in methods.values())
     losses = [["method", *domains, "average", "mixed texts"]]
     for name, entry in methods.items():
@@ -184,6 +185,8 @@ def markdown(result: dict[str, Any]) -> str:
         counts = [short(entry[f"{kind}_params"]) for kind in ("trained", "total", "active")]
         costs.append([name, *counts, short(entry["tokens"]), f"{entry['flops']:.2e}", f"{entry['seconds']:.0f}"])
     tables = [_table(losses), _table(costs)]
+    if len(methods) < len(result["methods"]):
+        tables.append(_table(_ablations(result)))
     if "cross-capability" in result:
         rows = [["model", "math in code"]]
         rows += [[name, _with_spread(entry)] for name, entry in result["cross-capability"].items()]
@@ -197,6 +200,34 @@ def markdown(result: dict[str, Any]) -> str:
         curve += [(f"{tokens:,}", f"{loss:.3f}") for tokens, loss in result["added"]["losses"]]
         tables.append(_table(curve))
     return "\n\n".join(tables) + "\n"
+
+
+def form_of(name: str) -> str:
+    """The stitched model that an ablation changes: `bts` of "bts, K = 1"; of any other method itself."""
+    form, comma, _ = name.partition(", ")
+    return form if comma and form in STITCHED else name
+
+
+def _ablations(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of the ablations' table: parameters and losses, and average minus that of the form it changes.
+
+    The difference is of each seed by itself, from the same members, then its mean and spread.
+    """
+    methods, domains = result["methods"], result["domains"]
+    rows = [["ablation", "trained", *domains, "average", "difference", "to"]]
+    for name, entry in methods.items():
+        form = form_of(name)
+        if form != name:
+            row = [name, short(entry["trained_params"]), *(f"{entry['losses'][domain]:.3f}" for domain in domains)]
+            rows.append([*row, _with_spread(entry), _difference(entry, methods.get(form)), form])
+    return rows
+
+
+def _difference(entry: dict[str, Any], other: dict[str, Any] | None) -> str:
+    if other is None:
+        return ""
+    each = [mine - its for mine, its in zip(entry["averages"], other["averages"], strict=True)]
+    return f"{statistics.mean(each):+.3f} ± {_spread(each):.3f}"
 
 
 def _with_spread(entry: dict[str, Any]) -> str:

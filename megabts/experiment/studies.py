@@ -99,7 +99,7 @@ def change_stages(comparison: Comparison) -> list[Stage]:
     return [
         *stages,
         few,
-        comparison.stage(ADDED_START, f"add {last}", "stitch.py", *added, "--out", start, needs=(FEW,)),
+        comparison.stage(ADDED_START, f"add {last}", "stitch.py", *added, "--out", start, needs=(FEW,), makes=start),
         comparison.train(
             *(ADDED, "stitch", comparison.mixtures.stitch, (ADDED_START,)),
             *("--checkpoint.init_from", start, "--train.valid_every", str(every)),

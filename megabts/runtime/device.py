@@ -70,6 +70,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_names() -> list[str]:
+    """This machine's GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it; starts nothing on them."""
+    count = torch.cuda.device_count()
+    allowed = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return allowed[:count] or [str(number) for number in range(count)]
+
+
 def share_cores(launch: Launch) -> None:
     """Give this rank its share of the cores: oversubscribed OpenMP threads make small operations 5-10x slower."""
     if launch.local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:

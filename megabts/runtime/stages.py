@@ -2,16 +2,21 @@
 
 A stage is finished when its marker file exists: JSON {"command": [...], "seconds": s}, written aside and renamed after
 the command ended with code 0. Running the job again keeps finished stages and goes on with the others. A stage whose
-command is no longer the marker's is run again, and so is everything that needs it; what its command finds of its own
-old output is the command's business.
+command is no longer the marker's is run again, and so is everything that needs it.
+
+Before a command starts, what an earlier one made is removed (`Stage.makes`). A command that can go on with its own
+interrupted work keeps it, but only while nothing before it has changed: beside the marker stands a file `.begun` with a
+hash of the command that began the work and of all commands that it needed.
 
 Commands run in a session of their own, output in their log file. Whatever ends the job early (a failed stage, Ctrl-C,
 SIGTERM, SIGHUP) ends every process below them too: SIGTERM, and SIGKILL after `GRACE` seconds. A SIGKILL of this
 process alone is the one thing that leaves them running.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -51,6 +56,10 @@ class Stage:
     """Gets the command's stdout and stderr, of the latest attempt."""
     exclusive: bool = False
     """Runs with no other stage beside it, and with all threads."""
+    makes: Path | None = None
+    """File or folder that the command makes and does not overwrite; removed before the command starts."""
+    resumes: bool = False
+    """The command goes on with a `makes` that it was interrupted at; removed then only if its needs are others."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +69,22 @@ class _Running:
     stage: Stage
     process: subprocess.Popen[bytes]
     started: float
+    place: int
+    """Of the workers', its own while it runs."""
 
 
-def run_stages(stages: Sequence[Stage], *, workers: int, threads: int) -> dict[str, float]:
+def run_stages(stages: Sequence[Stage], *, workers: int, threads: int, gpus: Sequence[str] = ()) -> dict[str, float]:
     """Run the stages, at most `workers` at once; returns each stage's seconds, those of kept stages included.
 
-    `threads` is the machine's: an exclusive stage gets all of them as OMP_NUM_THREADS, the others an equal share.
+    `threads` is the machine's: an exclusive stage gets all of them as OMP_NUM_THREADS, the others an equal share. With
+    `gpus`, as CUDA_VISIBLE_DEVICES names them, there are as many workers, and each sees one GPU, its own.
     Raises `UserError` when a stage fails, KeyboardInterrupt on Ctrl-C and SystemExit on other signals, each after all
     commands have ended.
     """
     _check(stages)
+    workers = len(gpus) or workers
     kept = _kept(stages)
+    fingerprints = _fingerprints(stages)
     for stage in stages:
         if stage.name not in kept:
             stage.done.unlink(missing_ok=True)
@@ -83,7 +97,12 @@ def run_stages(stages: Sequence[Stage], *, workers: int, threads: int) -> dict[s
         try:
             while len(seconds) < len(stages):
                 for stage in _startable(stages, seconds, running, workers):
-                    running.append(_start(stage, threads if stage.exclusive else max(1, threads // workers)))
+                    _clear(stage, fingerprints[stage.name])
+                    place = min(set(range(workers)) - {item.place for item in running})
+                    settings = {"OMP_NUM_THREADS": str(threads if stage.exclusive else max(1, threads // workers))}
+                    if gpus:
+                        settings["CUDA_VISIBLE_DEVICES"] = gpus[place]
+                    running.append(_start(stage, place, settings))
                     display.started(stage.name, stage.title, stage.metrics, stage.total_steps)
                 for item in [item for item in running if item.process.poll() is not None]:
                     seconds[item.stage.name] = _finish(item)
@@ -144,11 +163,37 @@ def _startable(
             yield stage
 
 
-def _start(stage: Stage, threads: int) -> _Running:
+def _fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
+    """Of each stage: a hash of its command and of its needs' fingerprints, so of all that its output depends on."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        parts = [stage.command, [found[need] for need in stage.needs]]
+        found[stage.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return found
+
+
+def _clear(stage: Stage, fingerprint: str) -> None:
+    """Remove what an earlier command of the stage made, unless this one goes on with it; note who begins."""
+    if stage.makes is None:
+        return
+    begun = stage.done.with_name(stage.done.name + ".begun")
+    if stage.resumes and begun.exists() and begun.read_text() == fingerprint:
+        return
+    begun.unlink(missing_ok=True)  # first: what is removed by half is nothing to go on with
+    if stage.makes.is_dir() and not stage.makes.is_symlink():
+        shutil.rmtree(stage.makes)
+    else:
+        stage.makes.unlink(missing_ok=True)
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(fingerprint)
+
+
+def _start(stage: Stage, place: int, settings: dict[str, str]) -> _Running:
+    """Start the command, with `settings` in its environment."""
     stage.log.parent.mkdir(parents=True, exist_ok=True)
     # A waiting OpenMP thread spins briefly, then lets go of its core. Spinning longer beside a busy neighbour makes
     # small operations many times slower; not spinning at all costs a third of the speed on an idle machine.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
+    environment = {**os.environ, "GOMP_SPINCOUNT": "10000", **settings}
     try:
         with stage.log.open("wb") as log:
             process = subprocess.Popen(
@@ -161,7 +206,7 @@ def _start(stage: Stage, threads: int) -> _Running:
             )
     except OSError as error:
         raise UserError(f"stage {stage.title} failed: cannot start {stage.command[0]}: {error.strerror}") from None
-    return _Running(stage, process, time.monotonic())
+    return _Running(stage, process, time.monotonic(), place)
 
 
 def _finish(item: _Running) -> float:

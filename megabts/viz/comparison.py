@@ -47,6 +47,7 @@ def _page(result: dict[str, Any]) -> str:
     shown = [name for name in names if families[name] != "members"]
     used = [kind for kind in FAMILIES if kind in {families[name] for name in shown}]
     points = _points(result, methods)
+    base = "bts" if "bts" in methods else SEED
     return render(
         "comparison.html",
         result=result,
@@ -56,7 +57,8 @@ def _page(result: dict[str, Any]) -> str:
         rows=_rows(result, methods),
         studies=[*_cross(result), *_changes(result)],
         added=_added(result),
-        ablations=_rows(result, _with_references(methods, ablations)) if ablations else [],
+        ablations=_rows(result, _with_references(methods, ablations), base) if ablations else [],
+        ablation_base=base,
         numbers={name: number for number, name in enumerate(names, 1)},
         methods=result["methods"],
         spreads=_spreads(result),
@@ -125,15 +127,15 @@ class Margin:
     better: bool
 
 
-def _rows(result: dict[str, Any], methods: dict[str, Method]) -> list[Row]:
-    """Rows of losses (domains, average, mixed texts) in the methods' order, then the oracle's."""
+def _rows(result: dict[str, Any], methods: dict[str, Method], base: str = SEED) -> list[Row]:
+    """Rows of losses (domains, average, mixed texts) in the methods' order, then the oracle's; compared with `base`."""
     domains, oracle = result["domains"], result["oracle"]
     losses = {
         name: [*(method["losses"][domain] for domain in domains), method["average"], method["mixed"]]
         for name, method in methods.items()
     }
     losses[ORACLE] = [*(oracle["losses"][domain] for domain in domains), oracle["average"], math.nan]
-    return compare_losses(losses, SEED, [ORACLE])
+    return compare_losses(losses, base, [ORACLE])
 
 
 def _spreads(result: dict[str, Any]) -> dict[str, dict[str, float]]:

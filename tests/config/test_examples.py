@@ -9,7 +9,7 @@ from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.name != "scale.yaml")
 
 
 def load(name: str) -> RunConfig:

@@ -86,8 +86,9 @@ def cells(table: str) -> list[list[str]]:
 
 def test_markdown_has_losses_and_costs() -> None:
     result = realistic_result()
-    losses, costs = (cells(table) for table in results.markdown(result).strip().split("\n\n"))
-    methods = result["methods"]
+    losses, costs, _ = (cells(table) for table in results.markdown(result).strip().split("\n\n"))
+    methods = {name: entry for name, entry in result["methods"].items() if ", " not in name}
+    assert list(methods)[-1] == "bts-mixture"
     assert losses[0] == ["method", *result["domains"], "average", "mixed texts"]
     assert [row[0] for row in losses[1:]] == [*methods, "*oracle*"]
     rows: dict[str, Any] = {row[0]: row[1:] for row in losses[1:]}
@@ -99,6 +100,24 @@ def test_markdown_has_losses_and_costs() -> None:
     assert rows["*oracle*"][-1] == ""
     assert costs[0] == ["method", "trained", "total", "active", "tokens", "FLOPs", "seconds"]
     assert {row[0]: row[1:] for row in costs}["bts"] == ["530.0k", "17.3M", "17.3M", "4.1M", "1.51e+14", "350"]
+
+
+def test_markdown_compares_ablations_with_their_form_seed_by_seed() -> None:
+    result = realistic_result()
+    methods = result["methods"]
+    for name, averages in {"bts": [2.0, 2.1, 2.3], "bts, K = 1": [2.2, 2.3, 2.6]}.items():
+        methods[name] |= {"averages": averages, "average": statistics.mean(averages), "spread": 0.2}
+    *_, table = (cells(table) for table in results.markdown(result).strip().split("\n\n"))
+    assert table[0] == ["ablation", "trained", *result["domains"], "average", "difference", "to"]
+    assert [(row[0], row[1], row[-1]) for row in table[1:]] == [
+        ("bts, K = 1", "70.0k", "bts"),
+        ("bts, token gates", "270.0k", "bts"),
+        ("bts-mixture, stream unchanged", "530.0k", "bts-mixture"),
+    ]
+    assert table[1][-3:-1] == ["2.367 ± 0.200", "+0.233 ± 0.058"]
+    del methods["bts"], methods["bts-mixture"]
+    *_, table = (cells(table) for table in results.markdown(result).strip().split("\n\n"))
+    assert [row[-2] for row in table[1:]] == [""] * 3
 
 
 def test_markdown_of_studies() -> None:

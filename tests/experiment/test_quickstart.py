@@ -22,7 +22,7 @@ def write_corpora(folder: Path, domains: dict[str, str]) -> Path:
     rng = random.Random(0)
     for domain, words in domains.items():
         (folder / domain).mkdir(parents=True)
-        for split, documents in (("train", 150), ("valid", 40)):
+        for split, documents in (("train", 60), ("valid", 12)):
             with gzip.open(folder / domain / f"{split}.jsonl.gz", "wt") as file:
                 for _ in range(documents):
                     text = " ".join(rng.choices(words.split(), k=200))

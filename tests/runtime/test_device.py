@@ -115,3 +115,13 @@ def test_auto_on_cpu_is_gloo_with_the_given_timeout(monkeypatch: pytest.MonkeyPa
     ((args, keywords),) = calls
     assert args == ("gloo",)
     assert keywords["timeout"].total_seconds() == PATIENCE * 77 + runtime.WATCHDOG_FIRST
+
+
+def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert runtime.gpu_names() == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runtime.gpu_names() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8f")
+    assert runtime.gpu_names() == ["3", "GPU-8f"]

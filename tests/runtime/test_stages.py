@@ -98,6 +98,78 @@ def test_stale_markers_do_not_outlive_a_failed_rerun(tmp_path: Path) -> None:
     assert not (tmp_path / "b.done").exists()
 
 
+# A tool that refuses to overwrite, and a training that goes on where it stands.
+REFUSES = "mkdir made && echo {0} > made/what"
+TRAINS = "mkdir -p run && cp made/what run/from.new && ls run >> seen && [ -e go ] && echo trained >> run/log"
+
+
+def job_of_makers(folder: Path, what: str) -> list[Stage]:
+    return [
+        stage(folder, "made", REFUSES.format(what), makes=folder / "made"),
+        stage(folder, "run", TRAINS, ("made",), makes=folder / "run", resumes=True),
+    ]
+
+
+def test_stages_that_run_again_find_nothing_of_their_own(tmp_path: Path) -> None:
+    """A tool killed before its mark, or with other arguments, meets no earlier output; a file goes like a folder."""
+    (tmp_path / "go").touch()
+    run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
+    (tmp_path / "made.done").unlink()
+    run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
+    run_stages(job_of_makers(tmp_path, "two"), workers=1, threads=1)
+    assert (tmp_path / "made/what").read_text() == "two\n"
+    file = [stage(tmp_path, "file", "set -C; echo > file", makes=tmp_path / "file")]
+    run_stages(file, workers=1, threads=1)
+    (tmp_path / "file.done").unlink()
+    run_stages(file, workers=1, threads=1)
+
+
+def test_an_interrupted_run_goes_on_only_while_all_before_it_is_the_same(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="RUN failed"):
+        run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
+    (tmp_path / "run/checkpoint").touch()
+    with pytest.raises(UserError, match="RUN failed"):  # the same command: what it has done stands
+        run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
+    assert (tmp_path / "run/checkpoint").exists()
+    (tmp_path / "go").touch()
+    run_stages(job_of_makers(tmp_path, "two"), workers=1, threads=1)  # its own command is the same, its need's is not
+    assert not (tmp_path / "run/checkpoint").exists()
+    assert (tmp_path / "seen").read_text().split() == ["from.new", "checkpoint", "from.new", "from.new"]
+
+
+def test_a_finished_run_begins_anew_when_what_it_needs_was_made_anew(tmp_path: Path) -> None:
+    """Also when the job ended between the two, and the run was not begun then."""
+    (tmp_path / "go").touch()
+    run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
+    run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
+    assert (tmp_path / "run/log").read_text() == "trained\n"
+    run_stages(job_of_makers(tmp_path, "two")[:1], workers=1, threads=1)
+    (tmp_path / "run.done").unlink()
+    run_stages(job_of_makers(tmp_path, "two"), workers=1, threads=1)
+    assert (tmp_path / "run/log").read_text() == "trained\n"
+    assert (tmp_path / "run/from.new").read_text() == "two\n"
+
+
+def test_every_gpu_has_one_stage_at_a_time(tmp_path: Path) -> None:
+    script = (
+        'echo "+$CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS" >> order; sleep 0.1; echo "-$CUDA_VISIBLE_DEVICES" >> order'
+    )
+    job = [stage(tmp_path, name, script) for name in "abcdef"]
+    run_stages(job, workers=8, threads=6, gpus=["2", "GPU-5"])
+    busy: set[str] = set()
+    used = set()
+    for line in (tmp_path / "order").read_text().splitlines():
+        gpu, *threads = line[1:].split()
+        if line.startswith("-"):
+            busy.remove(gpu)
+            continue
+        assert gpu not in busy
+        assert threads == ["3"]
+        busy.add(gpu)
+        used.add(gpu)
+    assert used == {"2", "GPU-5"}
+
+
 def test_workers_bound_and_exclusive_stages_run_alone(tmp_path: Path) -> None:
     script = 'echo "+{0} $OMP_NUM_THREADS" >> order; sleep 0.15; echo "-{0}" >> order'
     job = [stage(tmp_path, name, script.format(name), exclusive=name == "x") for name in ("a", "b", "c", "x", "d")]
