@@ -22,18 +22,17 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megabts.errors import UsageError, UserError
+from megabts.runtime.processes import POLL, stop
 from megabts.runtime.stage_display import StageDisplay
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
-POLL = 0.05
-"""Seconds between looks at the running commands."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def run_stages(stages: Sequence[Stage], *, workers: int, threads: int, gpus: Seq
                 _raise_caught(caught)
                 time.sleep(POLL)
         finally:
-            _stop([item.process for item in running])
+            stop([item.process for item in running], GRACE)
     return {stage.name: seconds[stage.name] for stage in stages}
 
 
@@ -212,7 +211,7 @@ def _start(stage: Stage, place: int, settings: dict[str, str]) -> _Running:
 def _finish(item: _Running) -> float:
     """Write the marker of a command that ended well and return its seconds; raise `UserError` for any other."""
     stage, code = item.stage, item.process.returncode
-    _stop([item.process])
+    stop([item.process], GRACE)
     if code != 0:
         end = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
         reason = _last_line(stage.log).removeprefix("error: ") or end
@@ -231,60 +230,6 @@ def _last_line(path: Path) -> str:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = file.read().decode("utf-8", "replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the commands and every process below them, sessions of their own (torchrun's workers) included."""
-    targets = _below(processes)
-    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 1.0)):
-        targets |= _below(processes)
-        for pid in targets:
-            _signal(pid, number)
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            ended = [process.poll() is not None for process in processes]
-            if all(ended) and not any(_alive(pid) for pid in targets):
-                return
-            time.sleep(POLL)
-
-
-def _below(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
-    """Ids of the living commands, their descendants, and what else is in their sessions (Linux; commands elsewhere)."""
-    roots = {process.pid for process in processes}
-    found = {process.pid for process in processes if process.poll() is None}
-    table = _process_table()
-    grown = True
-    while grown:
-        new = {pid for pid, (parent, session, _) in table.items() if session in roots or parent in found} - found
-        found |= new
-        grown = bool(new)
-    return found
-
-
-def _process_table() -> dict[int, tuple[int, int, str]]:
-    """{process id: (parent, session, state)} of all processes that have not ended; empty without /proc."""
-    table = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
-        except (OSError, ValueError):
-            continue
-        if state != "Z":
-            table[int(path.parent.name)] = (int(parent), int(session), state)
-    return table
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return not Path("/proc/self").exists() or pid in _process_table()
-    except (ProcessLookupError, PermissionError):
-        return False
-
-
-def _signal(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
 
 
 @contextmanager
