@@ -1,6 +1,7 @@
 """Plan a run's layout on GPUs: which tensor, pipeline, expert and data parallelism fits, and which is fastest.
 
 python tools/plan.py --config examples/configs/paper/stitch.yaml --gpus 64 --gpu h200
+python tools/plan.py --config examples/configs/paper/btx.yaml --gpus 64 --moe.attention_experts true
 python tools/plan.py --gpus 8 --model.preset 1b --precision.dtype bfloat16 --data.seq_length 8192 --parallel.tensor 2
 
 Needs no GPU and no data. Settings of section parallel, train.recompute and train.micro_batch are for the planner to
@@ -24,30 +25,38 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, metavar="K", help="nodes they are in (default: of eight GPUs each)")
     parser.add_argument("--top", type=int, default=10, metavar="T", help="meshes to rank (default 10)")
     parser.add_argument(
-        "--as", dest="method", default="", metavar="METHOD", help="plan the members as btx-soft, btx-top2 or btx-sample"
+        "--as",
+        dest="method",
+        default="",
+        metavar="METHOD",
+        help="plan a bts run's members as btx-soft, btx-top2, btx-sample or bam",
     )
     parser.add_argument("--json", type=Path, metavar="F", help="also write all figures to F")
     args, overrides = parser.parse_known_args()
     if args.top < 1:
         raise UsageError(f"--top is {args.top}; it must be at least 1")
+    if args.json and not args.json.parent.is_dir():
+        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}; make it, or name another file")
     unknown = [word for word in overrides if word.startswith("--") and "." not in word]
     if unknown:
         parser.error(f"unrecognized arguments: {unknown[0]}")
 
     from megabts.config.load import explicit_keys, load_config
     from megabts.planner.gpus import Cluster
+    from megabts.planner.moe import moe_of_members
     from megabts.planner.report import plan_json, plan_text
     from megabts.planner.search import plan
 
     files = [word for file in args.config for word in ("--config", file)]
     config = load_config([*files, *overrides])
+    if args.method:
+        config = moe_of_members(config, args.method)
     cluster = Cluster.of(args.gpu, args.gpus, args.nodes)
     pinned = frozenset(explicit_keys(overrides))
-    found = plan(config, cluster, top=args.top, pinned=pinned, method=args.method)
+    found = plan(config, cluster, top=args.top, pinned=pinned)
     print(plan_text(config, found))
     if args.json:
         try:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(plan_json(config, found), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--json {args.json} cannot be written: {error.strerror}") from error

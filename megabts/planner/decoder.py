@@ -58,7 +58,7 @@ def layer_work(config: RunConfig, *, trains: bool, passes: bool) -> Work:
     everywhere, share = rows(config), slice_share(config)
     d, value = config.model.hidden_size, value_bytes(config)
     entry = share * everywhere * d * value if passes else 0.0
-    query, key = _head_widths(config)
+    query, key = head_widths(config)
     moved = _layer_moved(config, query + key)
     sent = tensor_bytes(config, d)
     backward = trains or passes
@@ -84,27 +84,26 @@ def layer_work(config: RunConfig, *, trains: bool, passes: bool) -> Work:
 def layer_kept(config: RunConfig, *, trains: bool, recompute: str | None = None) -> float:
     """Bytes that a layer which passes gradient keeps; `recompute` None: as configured."""
     recompute = recompute or config.train.recompute
-    model, tp = config.model, config.parallel.tensor
     value, everywhere, share = value_bytes(config), rows(config), slice_share(config)
-    d, f, (query, key) = model.hidden_size, model.ffn_size / tp, _head_widths(config)
+    d, f = config.model.hidden_size, config.model.ffn_size / config.parallel.tensor
     if recompute == "full":
         return everywhere * share * d * value
-    scales = 2 * share * 4
-    elements = 2 * share * d * (1 + trains) + 2 * f + trains * f
+    heads, scales = attention_kept(config, trains=trains, recompute=recompute)
+    elements = 2 * share * d * (1 + trains) + 2 * f + trains * f + heads
+    return everywhere * (elements * value + scales + 2 * share * 4)
+
+
+def attention_kept(config: RunConfig, *, trains: bool, recompute: str) -> tuple[float, float]:
+    """What an attention keeps per position from its projection on: (elements, bytes of fp32 figures besides)."""
+    model, (query, key) = config.model, head_widths(config)
     if recompute == "selective":
-        elements += query + 2 * key + trains * query
-    else:
-        repeated = query > key
-        heads = query / model.head_dim
-        scales += 4 * heads
-        if model.qk_norm:
-            scales += 8 if model.qk_norm_span == "full" else 4 * (query + key) / model.head_dim
-            elements += query + 2 * key  # the projection's output, which the norms read
-            elements += 3 * query if repeated else query + key
-        else:
-            elements += query + key + (2 * query if repeated else query + 2 * key)
-        elements += query
-    return everywhere * (elements * value + scales)
+        return query + 2 * key + trains * query, 0.0
+    repeated, scales = query > key, 4 * query / model.head_dim
+    if not model.qk_norm:
+        return query + key + (2 * query if repeated else query + 2 * key) + query, scales
+    scales += 8 if model.qk_norm_span == "full" else 4 * (query + key) / model.head_dim
+    elements = query + 2 * key  # the projection's output, which the norms read
+    return elements + (3 * query if repeated else query + key) + query, scales
 
 
 def embedding_work(config: RunConfig, *, trains: bool) -> Work:
@@ -196,7 +195,7 @@ def layer_parameters(key: ModelKey, tp: int) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
 
 
-def _head_widths(config: RunConfig) -> tuple[float, float]:
+def head_widths(config: RunConfig) -> tuple[float, float]:
     """Widths of this rank's query heads and of its key heads; it has one of the latter at least."""
     model, tp = config.model, config.parallel.tensor
     return model.num_heads * model.head_dim / tp, max(1, model.num_kv_heads // tp) * model.head_dim

@@ -2,7 +2,7 @@
 
     parameters    of the rank's part of the model, frozen ones too
     gradients     4 bytes for each that trains: the flat fp32 buffer (parallel.ddp)
-    optimizer     12 bytes for each that trains, over the data-parallel ranks: masters and two moments (optimizer.adamw)
+    optimizer     12 bytes for each that trains, over the ranks that hold it: masters and two moments (optimizer.adamw)
     activations   what autograd keeps of the micro-batches that are between forward and backward at once, which the
                   pipeline's real schedule says
     buffers       the largest bucket in the parameters' precision (their all-gather), messages between stages, what the
@@ -47,13 +47,15 @@ def fullest_rank(
     needs_backward: tuple[bool, ...],
     num_microbatches: int,
     dp: int,
+    shared_dp: int = 1,
 ) -> Memory:
     """The rank of the pipeline and expert axes with the most bytes.
 
-    `ranks`: parts by expert-parallel rank; `stages`: their `Parts.stages`.
+    `ranks`: parts by expert-parallel rank; `stages`: their `Parts.stages`; `shared_dp`: expert-parallel ranks that are
+    data-parallel in what is not `Work.spread`.
     """
     found = [
-        rank_memory(config, parts, works, needs_backward, num_microbatches, dp, pp_rank)
+        rank_memory(config, parts, works, needs_backward, num_microbatches, dp, pp_rank, shared_dp)
         for parts, works in zip(ranks, stages, strict=True)
         for pp_rank in range(config.parallel.pipeline)
     ]
@@ -68,6 +70,7 @@ def rank_memory(
     num_microbatches: int,
     dp: int,
     pp_rank: int,
+    shared_dp: int = 1,
 ) -> Memory:
     """Bytes on one rank, of whose pipeline `stages` are all virtual stages."""
     pp, value = config.parallel.pipeline, value_bytes(config)
@@ -80,9 +83,9 @@ def rank_memory(
     return Memory(
         parameters=(work.parameters + copy) * value,
         gradients=trainable * GRADIENT_BYTES,
-        optimizer=trainable * OPTIMIZER_BYTES / dp,
+        optimizer=((trainable - work.spread) / shared_dp + work.spread) * OPTIMIZER_BYTES / dp,
         activations=peak_kept(config, needs_backward, num_microbatches, pp_rank, kept),
-        buffers=_gathered(config, parts, trainable, dp) * value
+        buffers=_gathered(config, parts, trainable, dp * shared_dp) * value
         + message * (3 if flags[0] else SENDS_AHEAD + 1)
         + work.working
         + RESERVED,

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from megabts.bts.flops import bts_flops
 from megabts.bts.plan import stitch_plan
 from megabts.build import model_costs
 from megabts.config.run import RunConfig
 from megabts.model.flops import dense_flops
+from megabts.moe.flops import moe_flops
 from megabts.parallel.balance import Costs
 from megabts.planner.bts import bts_parts
 from megabts.planner.decoder import decoder_parts
-from megabts.planner.moe import Active, btx_costs, btx_flops, btx_parts, sample, soft, top2
+from megabts.planner.moe import moe_parts
 from megabts.planner.work import Parts
 
 
@@ -28,8 +28,6 @@ class Method:
     """Model FLOPs per token, as `model.flops` counts them."""
     splits_samples: bool = False
     """Expert-parallel ranks have samples of their own, and are data-parallel in what they all hold."""
-    note: str = ""
-    """What the reader must know."""
 
 
 def _bts_flops(config: RunConfig) -> float:
@@ -38,19 +36,14 @@ def _bts_flops(config: RunConfig) -> float:
     return bts_flops(model, bts, config.data.seq_length, plan).total
 
 
-def _btx(active: Active) -> Method:
-    note = "an estimate: BTX of the same members, with ffn experts over ep"
-    return Method(partial(btx_parts, active), partial(btx_costs, active), partial(btx_flops, active), True, note)
-
-
 METHODS = {
     "dense": Method(decoder_parts, model_costs, lambda config: dense_flops(config.model, config.data.seq_length).total),
     "bts": Method(bts_parts, model_costs, _bts_flops),
-    "btx-soft": _btx(soft),
-    "btx-top2": _btx(top2),
-    "btx-sample": _btx(sample),
+    "moe": Method(
+        moe_parts,
+        model_costs,
+        lambda config: moe_flops(config.model, config.moe, config.data.seq_length).total,
+        splits_samples=True,
+    ),
 }
-"""By name: the trainer's methods, and estimates of others."""
-
-ESTIMATES = tuple(name for name, method in METHODS.items() if method.note)
-"""Methods that a run of another method is planned as."""
+"""By the trainer's name. Others need no plan: they run data-parallel alone, or train nothing."""

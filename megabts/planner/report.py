@@ -25,8 +25,7 @@ def plan_json(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """All figures: bytes, seconds, operations; per-rank where a rank is meant."""
     cluster = plan.cluster
     return {
-        "method": plan.method,
-        "note": METHODS[plan.method].note,
+        "method": config.method,
         "gpu": asdict(cluster.gpu),
         "gpus": cluster.num_gpus,
         "gpus_per_node": cluster.per_node,
@@ -36,7 +35,7 @@ def plan_json(config: RunConfig, plan: Plan) -> dict[str, Any]:
             "link_share": LINK_SHARE,
             "reserved_bytes": RESERVED,
         },
-        "flops_per_step": _flops(config, plan),
+        "flops_per_step": _flops(config),
         "tokens_per_step": _tokens(config),
         "layouts": plan.num_layouts,
         "fitting": plan.num_fitting,
@@ -50,14 +49,12 @@ def plan_text(config: RunConfig, plan: Plan) -> str:
     gpu, cluster = plan.cluster.gpu, plan.cluster
     model, train = config.model, config.train
     lines = [
-        f"{plan.method}, {model.num_layers} layers x {model.hidden_size}, {_tokens(config):,} tokens a step "
-        f"({train.global_batch} x {config.data.seq_length}), {_flops(config, plan):.3g} model FLOPs a step",
+        f"{config.method}, {model.num_layers} layers x {model.hidden_size}, {_tokens(config):,} tokens a step "
+        f"({train.global_batch} x {config.data.seq_length}), {_flops(config):.3g} model FLOPs a step",
         f"{cluster.num_gpus} x {gpu.name} in nodes of {cluster.per_node}: {gpu.memory / 1e9:.0f} GB at "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s, NVLink {gpu.nvlink / 1e9:.0f} GB/s, network {gpu.network / 1e9:.0f} "
         f"GB/s a GPU; reached: {MATMUL_SHARE:.0%} of the peak, {MEMORY_SHARE:.0%} of memory, {LINK_SHARE:.0%} of links",
     ]
-    if METHODS[plan.method].note:
-        lines.append(METHODS[plan.method].note)
     if not plan.best:
         return "\n".join([*lines, "", *_nothing_fits(config, plan)])
     lines += [f"{plan.num_fitting} of {plan.num_layouts} layouts fit; the fastest of each mesh:", ""]
@@ -73,7 +70,7 @@ def _ranking(config: RunConfig, plan: Plan) -> list[str]:
         rows.append(
             (
                 str(number),
-                layout_name(layout.config, plan.method),
+                layout_name(layout.config),
                 str(layout.dp),
                 train.recompute,
                 f"{train.micro_batch} x {layout.num_microbatches}",
@@ -105,14 +102,12 @@ def _details(plan: Plan, layout: Layout, step: StepTime) -> list[str]:
     ]
     shares = [f"{_SLOWEST[name]} {part / step.seconds:.1%}" for name, part in asdict(step.shares).items() if part > 0]
     lines = [
-        f"1, {layout_name(layout.config, plan.method)}:",
+        f"1, {layout_name(layout.config)}:",
         f"  fullest rank, GB: {split}; total {memory.total / 1e9:.2f} of {cluster.gpu.memory / 1e9:.0f}",
         f"  sent by a rank in a step, GB: {', '.join(traffic) or 'nothing'}",
         f"  the step: {', '.join(shares)}",
     ]
-    if plan.method == layout.config.method:
-        lines.append(f"  settings: {settings(layout.config)}")
-    return lines
+    return [*lines, f"  settings: {settings(layout.config)}"]
 
 
 def _nothing_fits(config: RunConfig, plan: Plan) -> list[str]:
@@ -128,11 +123,11 @@ def _nothing_fits(config: RunConfig, plan: Plan) -> list[str]:
     lines = [
         f"Nothing fits: memory. The closest of {plan.num_layouts} layouts needs {need / 1e9:.1f} of "
         f"{cluster.gpu.memory / 1e9:.0f} GB, most of it {largest[0]} ({largest[1] / 1e9:.1f} GB):",
-        f"  {layout_name(closest.config, plan.method)}, dp {closest.dp}, recompute {closest.config.train.recompute}, "
+        f"  {layout_name(closest.config)}, dp {closest.dp}, recompute {closest.config.train.recompute}, "
         f"micro-batch {closest.config.train.micro_batch}",
         f"  {', '.join(f'{name} {size / 1e9:.2f}' for name, size in asdict(closest.memory).items())}",
     ]
-    enough = smallest_cluster(config, cluster, plan.pinned, plan.method)
+    enough = smallest_cluster(config, cluster, plan.pinned)
     if enough:
         lines.append(f"It would fit on {enough} x {cluster.gpu.name}.")
     if larger:
@@ -142,7 +137,7 @@ def _nothing_fits(config: RunConfig, plan: Plan) -> list[str]:
     return lines
 
 
-def layout_name(config: RunConfig, method: str) -> str:
+def layout_name(config: RunConfig) -> str:
     """Short: "tp2+sp pp4 x 2 chunks ep4 gather"; "replicas" where every GPU has the whole model."""
     parallel = config.parallel
     words = []
@@ -151,7 +146,7 @@ def layout_name(config: RunConfig, method: str) -> str:
     if parallel.pipeline > 1:
         words.append(f"pp{parallel.pipeline}{f' x {parallel.chunks} chunks' if parallel.chunks > 1 else ''}")
     if parallel.expert > 1:
-        words.append(f"ep{parallel.expert}{f' {parallel.exchange}' if method == 'bts' else ''}")
+        words.append(f"ep{parallel.expert}{f' {parallel.exchange}' if config.method == 'bts' else ''}")
     return " ".join(words) or "replicas"
 
 
@@ -210,7 +205,7 @@ def _time_json(config: RunConfig, plan: Plan, step: StepTime) -> dict[str, Any]:
     return {
         "seconds": step.seconds,
         "tokens_per_second": tokens,
-        "mfu": _flops(config, plan) / step.seconds / peak,
+        "mfu": _flops(config) / step.seconds / peak,
         "bubble": step.bubble,
         "limit": step.slowest,
         "shares_seconds": asdict(step.shares),
@@ -222,5 +217,5 @@ def _tokens(config: RunConfig) -> int:
     return config.train.global_batch * config.data.seq_length
 
 
-def _flops(config: RunConfig, plan: Plan) -> float:
-    return METHODS[plan.method].flops(config) * _tokens(config)
+def _flops(config: RunConfig) -> float:
+    return METHODS[config.method].flops(config) * _tokens(config)

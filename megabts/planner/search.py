@@ -1,8 +1,9 @@
 """All layouts of a run on a cluster, the ones that fit, and the fastest of these.
 
 Looked at are tensor degrees inside a node, pipelines up to embedding + layers + head, chunks of interleaved schedules,
-expert-parallel degrees up to the members, both exchanges, every recomputation and micro-batches in powers of two; the
-global batch and the sequence length stay as configured. Every layout passes `parallel.layout.check_layout`.
+expert-parallel degrees up to the members (of a MoE model those that divide its ffn experts), both exchanges, every
+recomputation and micro-batches in powers of two; the global batch and the sequence length stay as configured. Every
+layout passes `parallel.layout.check_layout`.
 
 First all memory is counted, then the layouts that fit are timed in the order of a bound that no schedule can beat, up
 to where the bound is above what is found already: the ranking is exact. Pipelines are cut by `balance.balanced_cuts`.
@@ -22,14 +23,18 @@ from megabts.parallel.layout import check_layout
 from megabts.parallel.schedules import ScheduleKind
 from megabts.planner.gpus import Cluster
 from megabts.planner.memory import Memory, fullest_rank
-from megabts.planner.methods import ESTIMATES, METHODS, Method
+from megabts.planner.methods import METHODS, Method
 from megabts.planner.step_time import StepTime, Timed, timed
 from megabts.planner.work import Parts, Work, state_bytes, value_bytes
 
 CHUNKS = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-
+CHOSEN = frozenset(
+    {f"parallel.{name}" for name in ("tensor", "sequence", "pipeline", "chunks", "expert", "exchange")}
+    | {"train.micro_batch", "train.recompute"}
+)
+"""Settings that the planner tries, unless they are pinned."""
 
 Mesh = tuple[int, int, int]
 """Degrees of tensor, pipeline and expert parallelism."""
@@ -56,7 +61,6 @@ class Layout:
 class Plan:
     """What the search found."""
 
-    method: str
     cluster: Cluster
     pinned: frozenset[str]
     num_layouts: int
@@ -67,17 +71,16 @@ class Plan:
     """The one with the least memory; None where the run has no layout at all on so many GPUs."""
 
 
-def plan(
-    config: RunConfig, cluster: Cluster, *, top: int, pinned: frozenset[str] = frozenset(), method: str = ""
-) -> Plan:
+def plan(config: RunConfig, cluster: Cluster, *, top: int, pinned: frozenset[str] = frozenset()) -> Plan:
     """The fastest layout of each of the `top` fastest meshes.
 
-    `pinned`: keys (`parallel.tensor`) that keep the configuration's value. `method`: of the planner's table; "" is the
-    configuration's. Raises UsageError for what is not planned for.
+    `pinned`: keys (`parallel.tensor`) that keep the configuration's value. Raises UsageError for what is not planned
+    for, and for pinned settings that leave no layout at all.
     """
-    name = method or config.method
-    check_plannable(config, pinned, name)
-    layouts = list(every_layout(config, cluster, METHODS[name], pinned))
+    check_plannable(config, pinned)
+    layouts = list(every_layout(config, cluster, METHODS[config.method], pinned))
+    if not layouts:
+        _check_pinned(config, cluster, pinned)
     fitting = [(x.timed(), x) for x in layouts if x.memory.total <= cluster.gpu.memory]
     best: dict[Mesh, tuple[Layout, StepTime]] = {}
     for steps, layout in sorted(fitting, key=lambda item: item[0].bound):
@@ -89,40 +92,48 @@ def plan(
             best[layout.mesh] = min(found, best.get(layout.mesh, found), key=lambda item: item[1].seconds)
     ranked = sorted(best.values(), key=lambda item: item[1].seconds)[:top]
     closest = min(layouts, key=lambda layout: layout.memory.total, default=None)
-    return Plan(name, cluster, pinned, len(layouts), len(fitting), tuple(ranked), closest)
+    return Plan(cluster, pinned, len(layouts), len(fitting), tuple(ranked), closest)
 
 
-def smallest_cluster(config: RunConfig, cluster: Cluster, pinned: frozenset[str], method: str) -> int | None:
+def smallest_cluster(config: RunConfig, cluster: Cluster, pinned: frozenset[str]) -> int | None:
     """The least doubling of the GPUs, to 16 times as many, on which some layout fits; None if none does."""
     for factor in (2, 4, 8, 16):
         more = replace(cluster, num_gpus=factor * cluster.num_gpus)
-        layouts = every_layout(config, more, METHODS[method], pinned)
+        layouts = every_layout(config, more, METHODS[config.method], pinned)
         if any(layout.memory.total <= cluster.gpu.memory for layout in layouts):
             return more.num_gpus
     return None
 
 
-def check_plannable(config: RunConfig, pinned: frozenset[str], method: str) -> None:
+def check_plannable(config: RunConfig, pinned: frozenset[str]) -> None:
     """Raises UsageError for a run that cannot be planned, whatever the cluster."""
     value_bytes(config)
-    if config.method == "moe":
-        if config.moe.attention_experts:
-            raise UsageError(
-                "moe.attention_experts (BAM) are not planned; try the layout of a bts run of the same members"
-            )
-        raise UsageError("method moe is planned as a bts run of the same members: method bts, with --as btx-...")
-    if method not in METHODS:
-        raise UsageError(f"--as {method} is unknown; use one of {', '.join(ESTIMATES)}")
-    if method != config.method and (config.method != "bts" or method not in ESTIMATES):
-        raise UsageError(
-            f"--as {method} plans other uses ({', '.join(ESTIMATES)}) of the members of a bts run; "
-            f"this run's method is {config.method}"
-        )
+    if config.method not in METHODS:
+        raise UsageError(f"method {config.method} has one layout, replicas; planned are {', '.join(METHODS)}")
     chosen = sorted(key for key in pinned if key in ("parallel.cuts", "parallel.schedule"))
     if chosen:
         raise UsageError(f"{chosen[0]} is for the planner to choose; leave it out")
     if config.method == "bts" and not config.bts.experts:
         raise UsageError("method bts needs a bts.experts.NAME at least; its folder need not exist to plan")
+    if config.method == "moe":
+        if not config.moe.members:
+            raise UsageError("method moe needs a moe.members.NAME at least; its folder need not exist to plan")
+        config.moe.ffn_width(config.model.ffn_size)
+
+
+def _check_pinned(config: RunConfig, cluster: Cluster, pinned: frozenset[str]) -> None:
+    """Raises UsageError, naming the flags that leave no layout, if there are some without them."""
+    flags = sorted(pinned & CHOSEN)
+    for released in [*({flag} for flag in flags), set(flags)]:
+        layouts = list(every_layout(config, cluster, METHODS[config.method], pinned - released))
+        if not layouts:
+            continue
+        given = " ".join(f"--{key} {str(_setting(config, key)).lower()}" for key in sorted(released))
+        words = "leave some out"
+        if len(released) == 1:
+            fitting = {_setting(found.config, key) for found in layouts for key in released}
+            words = f"it may be {', '.join(str(value).lower() for value in sorted(fitting))}"
+        raise UsageError(f"no layout on {cluster.num_gpus} GPUs passes the run's checks with {given}; {words}")
 
 
 def every_layout(
@@ -179,7 +190,7 @@ def _layout(
 ) -> Layout:
     shared = config.parallel.expert if method.splits_samples else 1
     count = config.train.global_batch // (config.train.micro_batch * dp * shared)
-    memory = fullest_rank(config, ranks, staged.works, stages_with_backward(staged.costs), count, dp)
+    memory = fullest_rank(config, ranks, staged.works, stages_with_backward(staged.costs), count, dp, shared)
     message = max(parts.states for parts in ranks) * state_bytes(config)
     price = partial(timed, config, cluster, staged.works, staged.costs, message, count, dp, shared_dp=shared)
     return Layout(config, dp, count, memory, price)
@@ -187,7 +198,7 @@ def _layout(
 
 def _settings(config: RunConfig, cluster: Cluster, method: Method, pinned: frozenset[str]) -> Iterator[RunConfig]:
     """Everything but pipeline and recomputation."""
-    members = len(config.bts.members) if config.method == "bts" else 1
+    members = {"bts": len(config.bts.members), "moe": config.moe.num_ffn_experts}.get(config.method, 1)
     axes: dict[str, Sequence[Any]] = {
         "parallel.tensor": [tp for tp in range(1, cluster.per_node + 1) if cluster.per_node % tp == 0],
         "parallel.sequence": (False, True),
@@ -197,7 +208,7 @@ def _settings(config: RunConfig, cluster: Cluster, method: Method, pinned: froze
     }
     values = [_values(config, key, choices, pinned) for key, choices in axes.items()]
     for tp, sequence, ep, exchange, micro_batch in product(*values):
-        alone = sequence and tp == 1 and "parallel.sequence" not in pinned
+        alone = sequence and tp == 1
         same = exchange == "reduce" and (ep == 1 or method.splits_samples) and "parallel.exchange" not in pinned
         if alone or same or cluster.num_gpus % (tp * ep) or (method.splits_samples and members % ep):
             continue
@@ -230,5 +241,9 @@ def _pipelines(
 
 def _values(config: RunConfig, key: str, choices: Sequence[Any], pinned: frozenset[str]) -> Sequence[Any]:
     """What to try for a setting: the configuration's value alone where it is pinned."""
+    return (_setting(config, key),) if key in pinned else choices
+
+
+def _setting(config: RunConfig, key: str) -> Any:
     section, _, name = key.partition(".")
-    return (getattr(getattr(config, section), name),) if key in pinned else choices
+    return getattr(getattr(config, section), name)

@@ -145,22 +145,22 @@ def timed(
     """A layout's stages, timed on the busiest expert-parallel rank of each.
 
     `stages`: by expert-parallel rank, then stage; `costs`: operations per token by stage, over all of tp; `message`:
-    most bytes that a rank sends to the next stage. `shared_dp`: expert-parallel ranks over which gradients are summed
-    too, where these have samples of their own.
+    most bytes that a rank sends to the next stage. `shared_dp`: expert-parallel ranks over which gradients of what is
+    not `Work.spread` are summed too, where these have samples of their own.
     """
     parallel, value = config.parallel, value_bytes(config)
     pp, needs = parallel.pipeline, stages_with_backward(costs)
     by_stage = list(zip(*stages, strict=True))
     seconds = tuple(_stage(config, cluster, cost, works) for cost, works in zip(costs, by_stage, strict=True))
     ranks = [sum(works[rank::pp], Work()) for works in stages for rank in range(pp)]
-    trainable = max(rank.trainable for rank in ranks)
     group = dp * shared_dp
-    share = (group - 1) / group
-    reduced, gathered = trainable * 4 * share, trainable * value * share
+    summed = max((rank.trainable - rank.spread) * (group - 1) / group + rank.spread * (dp - 1) / dp for rank in ranks)
+    stepped = max((rank.trainable - rank.spread) / group + rank.spread / dp for rank in ranks)
+    reduced, gathered = summed * 4, summed * value
     link = cluster.bandwidth(parallel.tensor * parallel.expert * dp)
     hidden = min((stage.seconds(1) for stage, need in zip(seconds, needs, strict=True) if need), default=0.0)
     exposed = max(0.0, reduced / link - hidden) + gathered / link
-    steps = trainable * STEP_BYTES / group / (cluster.gpu.memory_bandwidth * MEMORY_SHARE)
+    steps = stepped * STEP_BYTES / (cluster.gpu.memory_bandwidth * MEMORY_SHARE)
     sends = [[(k + 1 < len(needs)) + (k > 0 and needs[k - 1]) for k in range(r, len(needs), pp)] for r in range(pp)]
     messages = num_microbatches * max(map(sum, sends))
     traffic = Traffic(

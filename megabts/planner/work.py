@@ -22,6 +22,9 @@ class Work:
     """Elements held."""
     trainable: int = 0
     """Of these, elements that train."""
+    spread: int = 0
+    """Of `trainable`, elements that no other expert-parallel rank has, where these ranks have samples of their own:
+    their gradients are summed over dp, others' over dp and ep."""
     kept: float = 0.0
     """Bytes that autograd keeps from forward to backward."""
     entry: float = 0.0
@@ -41,6 +44,7 @@ class Work:
         return Work(
             self.parameters + other.parameters,
             self.trainable + other.trainable,
+            self.spread + other.spread,
             self.kept + other.kept,
             self.entry + other.entry,
             max(self.working, other.working),

@@ -28,7 +28,6 @@ from megabts.moe.flops import moe_costs, moe_flops
 from megabts.moe.model import MoEModel, RoutedFeedForward
 from megabts.moe.router import Router
 from megabts.moe.upcycle import upcycle, wanted
-from megabts.planner.search import check_plannable
 from tests.bts.folders import write_dense
 from tests.moe.models import SIZES, dense_model, moe_model, tokens
 from tests.train.runs import ROOT, environment
@@ -257,5 +256,3 @@ def test_the_tool(tmp_path: Path, method: str) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(UsageError, match=r"set moe.attention_experts true too"):
         load_config(["--method=moe", "--moe.members={a: x, b: y}", "--moe.adapters=true"])
-    with pytest.raises(UsageError, match=r"moe.attention_experts \(BAM\) are not planned"):
-        check_plannable(paper(**BAM), frozenset(), "moe")

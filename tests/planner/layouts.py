@@ -44,7 +44,14 @@ def predicted(config: RunConfig, mesh: ParallelMesh) -> Memory:
     needs = stages_with_backward(method.costs(config).of_stages(cuts))
     count = num_microbatches(config, mesh.dp.size)
     works = parts.stages(cuts, state_bytes(config))
-    return rank_memory(config, parts, works, needs, count, mesh.dp.size, mesh.pp.rank)
+    shared = mesh.experts.size
+    return rank_memory(config, parts, works, needs, count, mesh.dp.size // shared, mesh.pp.rank, shared)
+
+
+def mesh_of(config: RunConfig, world: int, rank: int) -> ParallelMesh:
+    """The mesh as the run's model sees it."""
+    mesh = build_mesh(config.parallel, world, rank)
+    return mesh.routed if config.method == "moe" else mesh
 
 
 class Saved:
@@ -120,7 +127,9 @@ def predicted_traffic(config: RunConfig, mesh: ParallelMesh) -> Traffic:
     state = state_bytes(config)
     works, costs = [parts.stages(cuts, state) for parts in ranks], method.costs(config).of_stages(cuts)
     message = max(parts.states for parts in ranks) * state
-    return timed(config, Cluster.of("h100", 2, 1), works, costs, message, count, mesh.dp.size).traffic
+    shared = mesh.experts.size
+    dp = mesh.dp.size // shared
+    return timed(config, Cluster.of("h100", 2, 1), works, costs, message, count, dp, shared_dp=shared).traffic
 
 
 def batches_of(config: RunConfig, dp: int) -> list[Batch]:
@@ -140,7 +149,7 @@ def figures_of_steps(rank: int, world: int, cases: list[tuple[str, Arguments]]) 
     found: Figures = {}
     for name, settings in cases:
         config = configured(settings)
-        mesh = build_mesh(config.parallel, world, rank)
+        mesh = mesh_of(config, world, rank)
         saved, sent = one_step(config, mesh)
         traffic = predicted_traffic(config, mesh)
         found[name] = {
@@ -155,6 +164,7 @@ def figures_of_steps(rank: int, world: int, cases: list[tuple[str, Arguments]]) 
 def one_step(config: RunConfig, mesh: ParallelMesh) -> tuple[Saved, Sent]:
     """Forward and backward of all of a step's micro-batches."""
     model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, DTYPES[config.precision.dtype], "cpu"))
+    torch.manual_seed(1)  # routers of all tensor-parallel ranks are equal
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     stages = Stages(model, mesh, config.parallel, torch.device("cpu"))

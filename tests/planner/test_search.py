@@ -171,9 +171,17 @@ def test_nothing_fits_says_what_would() -> None:
 
 
 def test_no_layout_at_all_is_said() -> None:
+    """By the batch, where nothing was asked for; else by the flags without which there are some."""
     config = replace(configured(DENSE), train=replace(configured(DENSE).train, global_batch=3))
-    found = plan(config, Cluster.of("h100", 8), top=1, pinned=frozenset({"parallel.tensor", "parallel.pipeline"}))
-    assert "No layout passes the run's checks on 8 GPUs: train.global_batch 3" in plan_text(config, found)
+    odd = replace(config, model=replace(config.model, num_layers=1, num_heads=1, num_kv_heads=1))
+    found = plan(odd, NODE, top=1)
+    assert "No layout passes the run's checks on 8 GPUs: train.global_batch 3" in plan_text(odd, found)
+    words = r"no layout on 8 GPUs passes the run's checks with --parallel.pipeline 1; it may be 8$"
+    with pytest.raises(UsageError, match=words):
+        plan(config, NODE, top=1, pinned=frozenset({"parallel.tensor", "parallel.pipeline", "optimizer.lr"}))
+    pair = replace(config, parallel=replace(config.parallel, tensor=3, pipeline=5))
+    with pytest.raises(UsageError, match=r"with --parallel.pipeline 5 --parallel.tensor 3; leave some out$"):
+        plan(pair, NODE, top=1, pinned=frozenset({"parallel.tensor", "parallel.pipeline"}))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +192,6 @@ def test_no_layout_at_all_is_said() -> None:
         (lambda: Cluster.of("h100", 13), "--gpus 13 do not divide among 2 nodes of 8"),
         (lambda: plan(configured({"method": "bts"}), NODE, top=1), "needs a bts.experts.NAME"),
         (lambda: plan(configured({"precision.dtype": "float64"}), NODE, top=1), "float64 is not planned for"),
-        (lambda: plan(configured(DENSE), NODE, top=1, method="btx-top2"), "of the members of a bts run"),
-        (lambda: plan(configured(STITCHED), NODE, top=1, method="moe"), "--as moe is unknown; use one of btx-soft"),
     ],
 )
 def test_bad_input_is_one_line(call: object, message: str) -> None:

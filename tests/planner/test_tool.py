@@ -17,9 +17,9 @@ def call(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_table_and_json(tmp_path: Path) -> None:
-    done = call(*STITCH, "--gpus", "8", "--gpu", "h200", "--top", "3", "--json", str(tmp_path / "new" / "plan.json"))
+    done = call(*STITCH, "--gpus", "8", "--gpu", "h200", "--top", "3", "--json", str(tmp_path / "plan.json"))
     assert (done.returncode, done.stderr) == (0, "")
-    figures = json.loads((tmp_path / "new" / "plan.json").read_text())
+    figures = json.loads((tmp_path / "plan.json").read_text())
     assert len(figures["ranked"]) == 3
     for number, layout in enumerate(figures["ranked"], 1):
         memory = layout["memory"]
@@ -48,6 +48,14 @@ def test_nothing_fits_exits_with_1() -> None:
         ),
         (["--gpus", "8", "--gppu", "h100"], "error: unknown flag --gppu; did you mean --gpu?\n"),
         (["--gpus", "8", "--top", "0"], "error: --top is 0; it must be at least 1\n"),
+        (
+            ["--gpus", "8", "--parallel.tensor", "5"],
+            "error: no layout on 8 GPUs passes the run's checks with --parallel.tensor 5; it may be 1, 2, 4\n",
+        ),
+        (
+            ["--gpus", "8", "--json", "/nowhere/at/all.json"],
+            "error: --json /nowhere/at/all.json: there is no folder /nowhere/at; make it, or name another file\n",
+        ),
         ([], "error: the following arguments are required: --gpus; see --help\n"),
     ],
 )
