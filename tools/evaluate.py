@@ -21,7 +21,6 @@ from typing import Any
 from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, UserError, run_tool
 
-
 TASK_FLAGS = ("include_path", "limit", "shots", "max_length", "confirm_run_unsafe_code", "tensor", "expert")
 DATA_FLAGS = ("data", "seq_length", "protocol", "samples")
 

@@ -103,10 +103,11 @@ class MegabtsLM(TemplateLM):
             raise UserError(f"{checkpoint} has no tokenizer; give one (tokenizer=SPEC, or --tokenizer)")
         self.plain = build_tokenizer(spec)
         self.templated = build_tokenizer(spec, include_special_tokens=True) if special_tokens else self.plain
-        if self.plain.vocab_size > self.model.config.vocab_size:
+        vocabulary = self.model.config.vocab_size
+        if self.plain.vocab_size > vocabulary:
             raise UserError(
-                f"tokenizer {spec} has {self.plain.vocab_size} ids, the model's vocabulary {self.model.config.vocab_size}; "
-                "give the tokenizer that the model was trained with"
+                f"tokenizer {spec} has {self.plain.vocab_size} ids and the model a vocabulary of {vocabulary}; give the "
+                "tokenizer that the model was trained with"
             )
         first = _prefix_token(self.plain, self.templated)
         self._prefix = self.plain.eod_id if first is None else first
