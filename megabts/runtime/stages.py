@@ -1,12 +1,13 @@
 """Runs a job of several stages, each a command, in the order their needs allow and side by side where they can be.
 
-A stage is finished when its marker file exists: JSON {"command": [...], "seconds": s}, written aside and renamed after
-the command ended with code 0. Running the job again keeps finished stages and goes on with the others. A stage whose
-command is no longer the marker's is run again, and so is everything that needs it.
+A stage is finished when its marker file exists: JSON {"command": [...], "origin": hash, "seconds": s}, written aside
+and renamed after the command ended with code 0. Running the job again keeps finished stages and goes on with the
+others. The origin is a hash of the stage's command and of all commands that it needs: a stage whose origin is no longer
+the marker's is run again, and so is everything that needs it.
 
 Before a command starts, what an earlier one made is removed (`Stage.makes`). A command that can go on with its own
-interrupted work keeps it, but only while nothing before it has changed: beside the marker stands a file `.begun` with a
-hash of the command that began the work and of all commands that it needed.
+interrupted work keeps it, but only while its origin is the same: beside the marker stands a file `.begun` with the
+origin of the command that began the work.
 
 Commands run in a session of their own, output in their log file. Whatever ends the job early (a failed stage, Ctrl-C,
 SIGTERM, SIGHUP) ends every process below them too: SIGTERM, and SIGKILL after `GRACE` seconds. A SIGKILL of this
@@ -82,8 +83,8 @@ def run_stages(stages: Sequence[Stage], *, workers: int, threads: int, gpus: Seq
     """
     _check(stages)
     workers = len(gpus) or workers
-    kept = _kept(stages)
-    fingerprints = _fingerprints(stages)
+    origins = _origins(stages)
+    kept = _kept(stages, origins)
     for stage in stages:
         if stage.name not in kept:
             stage.done.unlink(missing_ok=True)
@@ -96,7 +97,7 @@ def run_stages(stages: Sequence[Stage], *, workers: int, threads: int, gpus: Seq
         try:
             while len(seconds) < len(stages):
                 for stage in _startable(stages, seconds, running, workers):
-                    _clear(stage, fingerprints[stage.name])
+                    _clear(stage, origins[stage.name])
                     place = min(set(range(workers)) - {item.place for item in running})
                     settings = {"OMP_NUM_THREADS": str(threads if stage.exclusive else max(1, threads // workers))}
                     if gpus:
@@ -104,7 +105,7 @@ def run_stages(stages: Sequence[Stage], *, workers: int, threads: int, gpus: Seq
                     running.append(_start(stage, place, settings))
                     display.started(stage.name, stage.title, stage.metrics, stage.total_steps)
                 for item in [item for item in running if item.process.poll() is not None]:
-                    seconds[item.stage.name] = _finish(item)
+                    seconds[item.stage.name] = _finish(item, origins[item.stage.name])
                     running.remove(item)
                     display.finished(item.stage.name, item.stage.title, seconds[item.stage.name])
                 display.tick()
@@ -126,12 +127,14 @@ def _check(stages: Sequence[Stage]) -> None:
         known.add(stage.name)
 
 
-def _kept(stages: Sequence[Stage]) -> dict[str, float]:
-    """Seconds of the stages that need not run: marker of this very command, and all needs kept."""
+def _kept(stages: Sequence[Stage], origins: dict[str, str]) -> dict[str, float]:
+    """Seconds of the stages that need not run: marker of this very origin, and all needs kept."""
     kept: dict[str, float] = {}
     for stage in stages:
         marker = _read_marker(stage.done)
-        if marker.get("command") == stage.command and all(need in kept for need in stage.needs):
+        same = marker.get("command") == stage.command
+        same = same and marker.get("origin", origins[stage.name]) == origins[stage.name]  # earlier markers have none
+        if same and all(need in kept for need in stage.needs):
             kept[stage.name] = float(marker.get("seconds", 0.0))
     return kept
 
@@ -162,8 +165,8 @@ def _startable(
             yield stage
 
 
-def _fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
-    """Of each stage: a hash of its command and of its needs' fingerprints, so of all that its output depends on."""
+def _origins(stages: Sequence[Stage]) -> dict[str, str]:
+    """Of each stage: a hash of its command and of its needs' origins."""
     found: dict[str, str] = {}
     for stage in stages:
         parts = [stage.command, [found[need] for need in stage.needs]]
@@ -171,12 +174,12 @@ def _fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
     return found
 
 
-def _clear(stage: Stage, fingerprint: str) -> None:
+def _clear(stage: Stage, origin: str) -> None:
     """Remove what an earlier command of the stage made, unless this one goes on with it; note who begins."""
     if stage.makes is None:
         return
     begun = stage.done.with_name(stage.done.name + ".begun")
-    if stage.resumes and begun.exists() and begun.read_text() == fingerprint:
+    if stage.resumes and begun.exists() and begun.read_text() == origin:
         return
     begun.unlink(missing_ok=True)  # first: what is removed by half is nothing to go on with
     if stage.makes.is_dir() and not stage.makes.is_symlink():
@@ -184,7 +187,7 @@ def _clear(stage: Stage, fingerprint: str) -> None:
     else:
         stage.makes.unlink(missing_ok=True)
     begun.parent.mkdir(parents=True, exist_ok=True)
-    begun.write_text(fingerprint)
+    begun.write_text(origin)
 
 
 def _start(stage: Stage, place: int, settings: dict[str, str]) -> _Running:
@@ -208,7 +211,7 @@ def _start(stage: Stage, place: int, settings: dict[str, str]) -> _Running:
     return _Running(stage, process, time.monotonic(), place)
 
 
-def _finish(item: _Running) -> float:
+def _finish(item: _Running, origin: str) -> float:
     """Write the marker of a command that ended well and return its seconds; raise `UserError` for any other."""
     stage, code = item.stage, item.process.returncode
     stop([item.process], GRACE)
@@ -219,7 +222,7 @@ def _finish(item: _Running) -> float:
     seconds = round(time.monotonic() - item.started, 3)
     stage.done.parent.mkdir(parents=True, exist_ok=True)
     aside = stage.done.with_name(stage.done.name + ".tmp")
-    aside.write_text(json.dumps({"command": stage.command, "seconds": seconds}) + "\n")
+    aside.write_text(json.dumps({"command": stage.command, "origin": origin, "seconds": seconds}) + "\n")
     os.replace(aside, stage.done)
     return seconds
 

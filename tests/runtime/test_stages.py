@@ -71,6 +71,14 @@ def test_finished_stages_are_kept_with_their_seconds(tmp_path: Path, capsys: pyt
     assert "A: kept" in capsys.readouterr().out
 
 
+def test_markers_without_an_origin_are_judged_by_their_command(tmp_path: Path) -> None:
+    job = [stage(tmp_path, "a", "echo a >> order"), stage(tmp_path, "b", "echo b >> order", ("a",))]
+    for one in job:
+        one.done.write_text(json.dumps({"command": one.command, "seconds": 2.5}))
+    assert run_stages(job, workers=1, threads=1) == {"a": 2.5, "b": 2.5}
+    assert not (tmp_path / "order").exists()
+
+
 @pytest.mark.parametrize("damage", ["command", "missing", "garbage"])
 def test_stale_stages_and_what_needs_them_run_again(tmp_path: Path, damage: str) -> None:
     def job(script: str) -> list[Stage]:
@@ -138,13 +146,13 @@ def test_an_interrupted_run_goes_on_only_while_all_before_it_is_the_same(tmp_pat
 
 
 def test_a_finished_run_begins_anew_when_what_it_needs_was_made_anew(tmp_path: Path) -> None:
-    """Also when the job ended between the two, and the run was not begun then."""
+    """Also when that was done by a job without it, which left its marker."""
     (tmp_path / "go").touch()
     run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
     run_stages(job_of_makers(tmp_path, "one"), workers=1, threads=1)
     assert (tmp_path / "run/log").read_text() == "trained\n"
     run_stages(job_of_makers(tmp_path, "two")[:1], workers=1, threads=1)
-    (tmp_path / "run.done").unlink()
+    assert (tmp_path / "run.done").exists()
     run_stages(job_of_makers(tmp_path, "two"), workers=1, threads=1)
     assert (tmp_path / "run/log").read_text() == "trained\n"
     assert (tmp_path / "run/from.new").read_text() == "two\n"
