@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megabts.inference.generate import OnToken
     from megabts.moe.model import MoEModel
     from megabts.moe.router import Routes
+    from megabts.moe.routes import LayerRoutes
     from megabts.tokenizers.protocol import Tokenizer
 
 
@@ -152,9 +153,18 @@ def print_gates(model: "BTSModel", texts: list[list[int]]) -> None:
         print(f"{name:<20}{count / gates.shape[1]:>7.1%}{mean:>8.3f}")
 
 
+def print_layers(names: list[str], layers: dict[int, "LayerRoutes"]) -> None:
+    """A line for every layer: each expert's mean weight and share, and the router's entropy."""
+    print(f"{'layer':<8}" + "".join(f"{name:>18}" for name in names) + f"{'entropy':>10}")
+    for layer, found in sorted(layers.items()):
+        cells = zip(found.mean_gate.tolist(), found.share.tolist(), strict=True)
+        print(f"{layer:<8}" + "".join(f"{gate:>10.3f}{share:>8.1%}" for gate, share in cells), end="")
+        print(f"{found.mean_entropy:>10.3f}")
+
+
 def print_routes(model: "MoEModel", texts: list[list[int]], tokenizer: "Tokenizer") -> None:
-    """Mean weight and share of the choices of every layer's ffn experts over all tokens, prompts included; then each
-    token's ffn experts in the last layer, the weightiest first."""
+    """Mean weight and share of the choices of every layer's ffn experts, and of attention experts, over all tokens,
+    prompts included; then each token's ffn experts in the last layer, the weightiest first."""
     import torch
 
     from megabts.inference.generate import score
@@ -172,11 +182,10 @@ def print_routes(model: "MoEModel", texts: list[list[int]], tokenizer: "Tokenize
     names = model.moe.ffn_expert_names
     tokens = [token for text in texts for token in text]
     print(f"\nffn experts, {len(tokens)} tokens: mean weight, share of the choices; entropy of the router, nats")
-    print(f"{'layer':<8}" + "".join(f"{name:>18}" for name in names) + f"{'entropy':>10}")
-    for layer, found in sorted(record.layers.items()):
-        cells = zip(found.mean_gate.tolist(), found.share.tolist(), strict=True)
-        print(f"{layer:<8}" + "".join(f"{gate:>10.3f}{share:>8.1%}" for gate, share in cells), end="")
-        print(f"{found.mean_entropy:>10.3f}")
+    print_layers(names, record.layers)
+    if record.attention:
+        print("\nattention experts: mean weight, share of tokens with most weight there; entropy of the router, nats")
+        print_layers(list(model.moe.members), record.attention)
     print("\nlast layer: token, its ffn experts and their weights")
     for token, (chosen, weights) in zip(tokens, last, strict=True):
         order = sorted(zip(weights, chosen, strict=True), reverse=True)

@@ -10,7 +10,7 @@ from megabts.config.model import ModelConfig
 from megabts.model.attention import Attention, Context, LayerCache, qkv_metas
 from megabts.model.backend import Backend, Recompute
 from megabts.moe.adapters import Adapters
-from megabts.moe.router import Router
+from megabts.moe.router import RouteObserver, Router, soft
 from megabts.parallel.collectives import enter, leave
 
 
@@ -31,13 +31,17 @@ class RoutedAttention(nn.Module):
             for _ in range(n)
         )
         self.adapters = Adapters(n, d, backend) if moe.adapters else None
+        self.observers: list[RouteObserver] = []
 
     def forward(
         self, hidden: Tensor, context: Context, layer: int, caches: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """[s', b, D] -> the same; a cache per attention expert."""
         hidden = enter(hidden, self.tp, self.sequence)
-        weights = self.router(hidden).softmax(-1).to(hidden.dtype)  # [s, b, N]
+        routes = soft(self.router(hidden).flatten(0, 1))
+        for observer in self.observers:
+            observer(layer, routes)
+        weights = routes.weights.to(hidden.dtype).unflatten(0, hidden.shape[:2])  # [s, b, N]
         own: Sequence[LayerCache | None] = caches or [None] * len(self.experts)
         outputs = [
             expert(hidden, context, layer, cache) for expert, cache in zip(self.experts, own, strict=True)

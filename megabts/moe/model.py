@@ -20,12 +20,10 @@ from megabts.model.part import Part
 from megabts.moe.adapters import Adapters
 from megabts.moe.attention import RoutedAttention
 from megabts.moe.experts import FFNExperts
-from megabts.moe.router import Router, Routes, balance_loss, route, with_loss
+from megabts.moe.router import RouteObserver, Router, balance_loss, route, with_loss
 from megabts.parallel.collectives import enter, leave
 from megabts.parallel.mesh import Axis
 from megabts.parallel.tensor import freeze
-
-RouteObserver = Callable[[int, Routes], None]
 
 
 class RoutedFeedForward(nn.Module):
@@ -112,9 +110,13 @@ class MoEModel(Decoder):
                     module.requires_grad_(True)
 
     @contextmanager
-    def observe_routes(self, observer: RouteObserver) -> Iterator[None]:
-        """Inside the block `observer(layer, routes)` is told of every pass through a layer here. Blocks may nest."""
-        routed = [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
+    def observe_routes(self, observer: RouteObserver, *, attention: bool = False) -> Iterator[None]:
+        """Inside the block `observer(layer, routes)` is told of every pass through a layer here. Blocks may nest.
+
+        Told are routes to ffn experts; with `attention` those to attention experts instead, where there are some.
+        """
+        kind = RoutedAttention if attention else RoutedFeedForward
+        routed = [module for module in self.modules() if isinstance(module, kind)]
         for module in routed:
             module.observers.append(observer)
         try:

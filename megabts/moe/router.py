@@ -13,7 +13,7 @@ the tokens of a micro-batch, masked ones too; it is differentiated through both.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,10 @@ class Routes:
     def gates(self) -> Tensor:
         """Weights of all ffn experts, [T, N]; 0 for those not chosen."""
         return torch.zeros_like(self.probabilities).scatter(1, self.chosen, self.weights)
+
+
+RouteObserver = Callable[[int, Routes], None]
+"""Told of a layer and its routes."""
 
 
 def top_k(logits: Tensor, k: int) -> Routes:

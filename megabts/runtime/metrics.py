@@ -61,7 +61,12 @@ class StepStats:
     """Further figures by name, reported under that name. Log lines show those of `SHOWN` alone."""
 
 
-SHOWN = {"moe/entropy": "router entropy {:.3f}", "moe/dead": "dead ffn experts {:.0f}"}
+SHOWN = {
+    "moe/entropy": "router entropy {:.3f}",
+    "moe/dead": "dead ffn experts {:.0f}",
+    "moe/attention_entropy": "attention router entropy {:.3f}",
+    "moe/attention_dead": "dead attention experts {:.0f}",
+}
 """Further figures that log lines have room for."""
 
 

@@ -21,6 +21,5 @@ def watch_routes(run: Run, *, wanted: bool) -> Iterator[dict[str, float]]:
         return
     with record_routes(run.model) as record:
         yield figures
-    num_layers, num_ffn_experts = run.config.model.num_layers, run.config.moe.num_ffn_experts
-    record.over_ranks(num_layers, num_ffn_experts, (run.mesh.dp, run.mesh.pp), run.device)
+    record.over_ranks(run.config.model.num_layers, run.config.moe, (run.mesh.dp, run.mesh.pp), run.device)
     figures.update(route_figures(record, run.config.moe.balance))

@@ -4,12 +4,16 @@ The members have one key-value head, which tp ranks share, norms and biases in t
 trained in BAM, frozen with adapters. Each feed-forward is cut in two: six ffn experts beside three attention experts.
 """
 
+import math
+import runpy
+import sys
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megabts import assemble
 from megabts.build import load_model
@@ -17,17 +21,18 @@ from megabts.checkpoint.manifest import MODEL_FILE
 from megabts.checkpoint.storage import step_name
 from megabts.config.methods import MoEConfig
 from megabts.config.run import RunConfig
-from megabts.inference.generate import generate, generate_uncached
+from megabts.inference.generate import generate, generate_uncached, score
 from megabts.inference.settings import GenerationSettings
 from megabts.moe.flops import moe_flops
 from megabts.moe.upcycle import NEW
 from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.metrics import read_metrics
 from megabts.train.trainer import Trainer
 from tests.bts.folders import write_members
 from tests.moe.test_training import command as moe_command
 from tests.parallel.topologies import RESUMED, STEPS, Job, Result, differences, train_all
 from tests.ranks import run_ranks
-from tests.train.runs import build, last_hashes, make_ids, train
+from tests.train.runs import ROOT, build, last_hashes, make_ids, train
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -94,6 +99,68 @@ def test_layouts_equal_one_rank(folder: Path, layout: str, model: str) -> None:
     assert max(differences(other.gradients(), one.gradients()).values()) < 1e-5
     tensors = (result.tensors(STEPS, MODEL_FILE) for result in (other, one))
     assert max(differences(*tensors).values()) < 1e-6
+
+
+@pytest.mark.parametrize("layout, model", CASES)
+def test_every_layout_reports_the_routes_of_the_whole_batch(folder: Path, layout: str, model: str) -> None:
+    one, other = (
+        [{name: row[name] for name in row if name.startswith("moe/")} for row in read_metrics(run)[0]]
+        for run in (folder / "one" / TE.get(model, model), folder / layout / model)
+    )
+    assert len(one) == STEPS
+    assert [pytest.approx(row, rel=1e-9) for row in one] == other
+
+
+@pytest.mark.parametrize("model", PLAIN)
+def test_reported_attention_routes_by_hand(folder: Path, tmp_path: Path, model: str) -> None:
+    """From every attention router's logits on the first batch, token by token; ffn experts' have their own names."""
+    run = build(command(folder, tmp_path / "run", model, {}))
+    logits: dict[int, list[Tensor]] = {0: [], 1: []}
+    for layer, found in logits.items():
+        router = run.model.layers[str(layer)].attention.router
+        router.register_forward_hook(lambda _, __, out, found=found: found.append(out.detach().flatten(0, 1)))
+    run.stages.losses(next(run.loader.iterate(0)), backward=False)
+    row = read_metrics(folder / "one" / model)[0][0]
+    entropies, dead = [], 0
+    for layer, parts in logits.items():
+        rows = torch.cat(parts).softmax(-1).tolist()
+        best = [max(range(3), key=lambda index, p=p: p[index]) for p in rows]
+        entropies.append(-sum(x * math.log(x) for p in rows for x in p) / len(rows))
+        dead += 3 - len(set(best))
+        name = f"moe/layer_{layer:02d}/attention_"
+        for index in range(3):
+            assert row[f"{name}share_{index}"] == best.count(index) / len(rows)
+            assert row[f"{name}weight_{index}"] == pytest.approx(sum(p[index] for p in rows) / len(rows))
+        assert row[f"{name}entropy"] == pytest.approx(entropies[-1])
+        assert row[f"{name}dead"] == 3 - len(set(best))
+    assert row["moe/attention_entropy"] == pytest.approx(sum(entropies) / 2)
+    assert row["moe/attention_dead"] == dead
+    assert row["moe/entropy"] != row["moe/attention_entropy"]
+    assert len([key for key in row if "attention_share" in key]) == 6
+    assert len([key for key in row if "/share_" in key]) == 12
+
+
+def test_gates_of_attention_experts(folder: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = folder / "one" / "bam"
+    words = ["--checkpoint", checkpoint, "--tokenizer", "null:97", "--temperature", 0, "--max-new-tokens", 2]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words), "--prompt", "5 17 3", "--gates"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools/generate.py"), run_name="__main__")
+    assert not stop.value.code
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    model = load_model(checkpoint, ParallelMesh(), None, "cpu").model
+    logits: list[Tensor] = []
+    model.layers["1"].attention.router.register_forward_hook(lambda _, __, out: logits.append(out.flatten(0, 1)))
+    with torch.no_grad():
+        score(model, [5, 17, 3, *map(int, lines[0].split())])
+    p = logits[0].softmax(-1)
+    start = next(number for number, line in enumerate(lines) if line.startswith("attention experts: mean weight"))
+    assert lines[start + 1].split() == ["layer", "seed", "code", "math", "entropy"]
+    cells = lines[start + 3].split()
+    assert cells[0] == "1"
+    assert [float(cell) for cell in cells[1:7:2]] == pytest.approx(p.mean(0).tolist(), abs=6e-4)
+    shares = (p.argmax(-1).bincount(minlength=3) / len(p)).tolist()
+    assert cells[2:7:2] == [f"{share:.1%}" for share in shares]
 
 
 def test_losses_fall_and_what_is_frozen_stays(folder: Path) -> None:

@@ -74,6 +74,8 @@ def test_line_of_one_cpu_rank_without_known_peak() -> None:
     assert line.endswith("eta --:--:-- | skipped 2")
     routed = stats(1, extra={"moe/entropy": 1.0986, "moe/dead": 2, "moe/layer_00/dead": 2})
     assert rates.line(routed).endswith("eta --:--:-- | router entropy 1.099 | dead ffn experts 2")
+    mixed = stats(1, extra={"moe/attention_entropy": 0.5, "moe/attention_dead": 0})
+    assert rates.line(mixed).endswith("--:--:-- | attention router entropy 0.500 | dead attention experts 0")
 
 
 def test_first_step_does_not_count_in_rates_and_eta() -> None:
