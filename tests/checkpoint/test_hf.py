@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from megabts.checkpoint import hf, hf_config
 from megabts.checkpoint.folder import write_checkpoint
@@ -144,6 +144,52 @@ def test_left_out_keys_mean_what_transformers_means(tmp_path: Path) -> None:
     config, theirs = hf_config.config_from_hf(tmp_path), LlamaConfig.from_pretrained(tmp_path)
     assert config.num_kv_heads == theirs.num_key_value_heads
     assert config.head_dim == theirs.head_dim
+    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.max_seq_len == theirs.max_position_embeddings
+    assert config.tie_embeddings == theirs.tie_word_embeddings
+    assert config.rope_theta == theirs.to_dict()["rope_parameters"]["rope_theta"]
+
+
+WINDOWS: list[tuple[str, dict[str, Any], str]] = [
+    ("mistral", {"sliding_window": "remove"}, ""),
+    ("mistral", {"sliding_window": "remove", "max_position_embeddings": 8192}, "sliding_window 4096"),
+    ("mistral", {"sliding_window": "remove", "max_position_embeddings": "remove"}, "than the 131072 tokens"),
+    ("mistral", {"sliding_window": 127}, "sliding_window 127 is shorter than the 128 tokens"),
+    ("mistral", {"sliding_window": 128}, ""),
+    ("mistral", {"sliding_window": None}, ""),
+    ("qwen2", {"sliding_window": 16}, ""),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3}, ""),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, "sliding_window 16"),
+    ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "layer_types": ["full_attention"] * 3}, ""),
+    ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "layer_types": ["sliding_attention"]}, "window 16"),
+    ("qwen3", {"layer_types": ["chunked_attention"]}, "layer_types chunked_attention are not supported"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ("olmo2", {"attention_bias": True}, "attention_bias"),
+    ("mistral", {"attention_bias": True}, ""),  # not a key of this family: transformers passes it over
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), WINDOWS)
+def test_windows_and_biases_of_families(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
+    raw = {"model_type": family, **SMALL, "max_position_embeddings": 128, "layer_types": "remove", **changes}
+    raw = {key: value for key, value in raw.items() if value != "remove"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    if message:
+        with pytest.raises(UserError, match=message):
+            hf_config.config_from_hf(tmp_path)
+    else:
+        assert hf_config.config_from_hf(tmp_path).num_layers == 3
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "olmo2"])
+def test_left_out_keys_mean_what_each_family_means(tmp_path: Path, family: str) -> None:
+    required = {key: 4 * SMALL[key] for key in hf_config.REQUIRED_KEYS.values()}
+    required |= {"num_attention_heads": 32, "hidden_size": 64, "use_sliding_window": False}
+    own = {"sliding_window": None} if family == "mistral" else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **required, **own}))
+    config, theirs = hf_config.config_from_hf(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert config.norm_eps == theirs.rms_norm_eps
     assert config.max_seq_len == theirs.max_position_embeddings
     assert config.tie_embeddings == theirs.tie_word_embeddings

@@ -1,6 +1,7 @@
 """Dense models in from Hugging Face folders and out again, against what transformers stored and computes."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from megabts.convert.export import export
 from megabts.convert.options import Options
 from megabts.errors import UserError
 from megabts.parallel.mesh import ParallelMesh
-from tests.convert.hf_models import FAMILIES, LLAMA3, SIZES, YARN, as_version_4, edit, make
+from tests.convert.hf_models import FAMILIES, LLAMA3, YARN, as_version_4, edit, make
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Options(check="tensors", say=lambda line: None)
@@ -252,24 +253,32 @@ def test_transformers_names_what_it_misses(tmp_path: Path) -> None:
         verify.transformers_logits(tmp_path / "hf", TOKENS)
 
 
-def test_tool(tmp_path: Path) -> None:
-    def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: Any) -> tuple[Any, str]:
+        """(exit code, everything it said)."""
+        tool = ROOT / "tools/convert_checkpoint.py"
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (tool, *arguments)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(tool), run_name="__main__")
+        said = capsys.readouterr()
+        return left.value.code, said.out + said.err
 
-    make(tmp_path / "hf", "mistral", sliding_window=64)
-    done = run("import", "--hf", tmp_path / "hf", "--out", tmp_path / "run")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "import --max-seq-len 64" in done.stderr
-    done = run("import", "--hf", tmp_path / "hf", "--out", tmp_path / "run", "--max-seq-len", "64")
-    assert done.returncode == 0, done.stderr
-    assert "checked: largest relative difference of logits" in done.stdout
-    assert open_dense(tmp_path / "run").config.max_seq_len == 64
-    done = run("export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--check", "tensors")
-    assert done.returncode == 0, done.stderr
-    assert same_bytes(stored(tmp_path / "out"), stored(tmp_path / "hf"))
-    assert SIZES["num_hidden_layers"] * 9 + 3 == len(stored(tmp_path / "out"))
-    done = run("export", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert "--hf is not of export" in done.stderr
+    hf, mine, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
+    make(hf, "mistral", sliding_window=64)
+    capsys.readouterr()
+    code, said = run("import", "--hf", hf, "--out", mine)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "import --max-seq-len 64" in said
+    code, said = run("import", "--hf", hf, "--out", mine, "--max-seq-len", 64)
+    assert code == 0, said
+    assert "checked: largest relative difference of logits" in said
+    assert open_dense(mine).config.max_seq_len == 64
+    code, said = run("export", "--checkpoint", mine, "--out", out, "--check", "tensors")
+    assert code == 0, said
+    assert "checked: 21 tensors, bit for bit" in said
+    assert same_bytes(stored(out), stored(hf))
+    assert run("export", "--hf", hf, "--out", out) == (2, "error: --hf is not of export; leave it out\n")
+    assert run("import", "--out", out) == (2, "error: import needs --hf DIR\n")
+    code, said = run("export", "--checkpoint", mine, "--out", out)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "exists already" in said

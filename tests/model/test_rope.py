@@ -1,11 +1,14 @@
 """Rotary positions against transformers' frequencies (bitwise) and against complex numbers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megabts.checkpoint.hf_rope import rope_from_hf
 from megabts.config.model import ModelConfig
 from megabts.model.rope import inverse_frequencies, rotate, rotation
 from tests.model.test_decoder_hf import hf_config
@@ -26,6 +29,34 @@ def test_inverse_frequencies_are_transformers_bit_for_bit(scaling: dict[str, Any
     config = ModelConfig(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
     # Its buffer is made by ROPE_INIT_FUNCTIONS, or by its own default.
     assert torch.equal(inverse_frequencies(config), LlamaRotaryEmbedding(hf_config(config)).inv_freq)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta_fast": 16, "beta_slow": 2, "truncate": False},
+        {"attention_factor": 1.5},
+        {"mscale": 0.707, "mscale_all_dim": 1.2},
+        {"factor": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 1e6), (64, 10_000.0), (8, 500.0)])
+def test_yarn_is_transformers_bit_for_bit(options: dict[str, Any], head_dim: int, theta: float) -> None:
+    """What a config.json leaves out, too: it is read as the importer reads it."""
+    raw = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0, "original_max_position_embeddings": 4096, **options}
+    base, scaling = rope_from_hf({"rope_parameters": raw}, Path("config.json"))
+    config = ModelConfig(head_dim=head_dim, rope_theta=base, rope_scaling=scaling)
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(head_dim=head_dim, max_position_embeddings=16_384, rope_parameters=dict(raw))
+    )
+    assert torch.equal(inverse_frequencies(config), theirs.inv_freq)
+    positions = torch.arange(0, 16_384, 97)
+    cos, sin = rotation(config, positions, torch.float32)
+    expected = theirs(torch.zeros(1), positions[None])
+    assert torch.equal(cos[:, 0, 0], expected[0][0, :, : head_dim // 2])
+    assert torch.equal(sin[:, 0, 0], expected[1][0, :, : head_dim // 2])
 
 
 def test_rotation_is_a_complex_product() -> None:
