@@ -168,9 +168,9 @@ def have_te() -> bool:
 
 
 def check_te(device: torch.device) -> None:
-    """Raise UserError where Transformer Engine cannot run."""
+    """Raise UsageError on a device that Transformer Engine does not run on."""
     if device.type != "cuda":
-        raise UserError(f"precision.layers te needs an NVIDIA GPU, and this run is on {device}; set it to torch")
+        raise UsageError(f"precision.layers te needs an NVIDIA GPU, and this run is on {device}; set it to torch")
 
 
 def load_te() -> ModuleType:
