@@ -22,6 +22,8 @@ class ParameterReport:
     """K (2n + 1) D^2: n projections and n + 1 gate slices in every stitch layer."""
     paper_total: int
     """Whole members and `paper_trained`."""
+    total: int
+    """Whole members and these very stitches; `paper_total` counts the hub slices that nothing reads too."""
     active: int
     """What one token runs through: members, the experts without final norm and head, and the stitches."""
 
@@ -63,6 +65,7 @@ def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
         trained=trained,
         paper_trained=paper_trained,
         paper_total=members + paper_trained,
+        total=members + sum(owned.values()),
         active=members - (n + 1 - heads) * output + sum(owned.values()),
         unread=sum(point.kind == "hub_into_experts" for point in plan) * d * d,
         paper_form=(bts.start, bts.gate, bts.projection_rank, bts.output) == ("uniform", "dimension", 0, "hub")

@@ -133,12 +133,15 @@ def _oracle(comparisons: Comparisons) -> dict[str, Any]:
 
 
 def parameters(comparison: Comparison, name: str) -> tuple[int, int, int]:
-    """(trained, total, of one token) parameters of a model of the comparison; nothing is built."""
+    """(trained, total, of one token) parameters of a model of the comparison; nothing is built.
+
+    The total of the paper's stitches is the paper's count, that of another form what it really has.
+    """
     config = from_yaml((resolve(comparison.run_dir(name)) / CONFIG_FILE).read_text(), name)
     one, count = config.model.num_parameters, len(comparison.members)
     if config.method == "bts":
         report = parameter_report(config.model, config.bts)
-        return report.trained, report.paper_total, report.active
+        return report.trained, report.paper_total if report.paper_form else report.total, report.active
     if config.method == "btm":
         return 0, count * one, count * one
     trained, total = num_parameters(whole_model(config))
@@ -150,9 +153,10 @@ def parameters(comparison: Comparison, name: str) -> tuple[int, int, int]:
 
 
 def _idle(config: RunConfig) -> int:
-    """Parameters of the ffn experts that a token does not run through."""
+    """Parameters of the ffn experts, with their adapters, that a token does not run through."""
     model, moe = config.model, config.moe
     each = 3 * model.hidden_size * moe.ffn_width(model.ffn_size)
+    each += model.hidden_size**2 if moe.adapters else 0
     return sum((moe.num_ffn_experts - moe.active(layer)) * each for layer in range(model.num_layers))
 
 

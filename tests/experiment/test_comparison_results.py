@@ -2,17 +2,30 @@
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megabts.checkpoint.folder import write_checkpoint
+from megabts.checkpoint.manifest import MODEL_FILE
+from megabts.checkpoint.source import CONFIG_FILE
+from megabts.config.load import to_yaml
+from megabts.config.methods import BTMConfig, BTSConfig, MoEConfig
+from megabts.config.model import ModelConfig
+from megabts.config.run import RunConfig
 from megabts.evaluation.windows import MIXED
 from megabts.experiment import comparison_results as results
 from megabts.experiment.comparison import Comparison
 from tests.viz.comparison_fakes import realistic_result, with_studies
 
 DOMAINS = ("general", "code", "math")
+SIZES = ModelConfig(vocab_size=32, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=12)
+D, FFN, ATTENTION = 8, 3 * 8 * 12, 8 * 16 + 8 * 8
+HEADS = 2 * (32 * D + D)
+"""Final norms and heads of two experts."""
+DENSE = 2 * 32 * D + D + 2 * (FFN + ATTENTION + 2 * D)
 # Seed of the comparison -> model -> loss per domain.
 LOSSES = {
     0: {"seed": (2.0, 3.0, 4.0), "expert-code": (2.5, 2.0, 4.5), "expert-math": (2.1, 3.5, 3.0)},
@@ -75,6 +88,48 @@ def test_costs_are_a_methods_own(comparisons: list[Comparison]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **row}) + "\n" for step in (1, 2, 3)))
     assert results._cost(comparison, "bam") == (3072, 9e9, 42.5)
     assert results._cost(comparison, "soup") == (0, 0.0, 1.5)
+
+
+MEMBERS = {"seed": "s", "code": "c", "math": "m"}
+EXPERTS = {name: path for name, path in MEMBERS.items() if name != "seed"}
+BAM = {"members": MEMBERS, "attention_experts": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "idle"),
+    [
+        # K = 2 of n = 2 experts, of D x D each: (2n + 1) K in the paper's count; without the slice that nothing reads.
+        (RunConfig(method="bts", bts=BTSConfig("h", EXPERTS, 2)), 3 * DENSE + 10 * D * D, HEADS + D * D),
+        (
+            RunConfig(method="bts", bts=BTSConfig("h", EXPERTS, 2, output="mixture", evidence=5)),
+            3 * DENSE + 9 * D * D + 3 * D + 5,
+            0,
+        ),
+        (
+            RunConfig(method="bts", bts=BTSConfig("h", EXPERTS, 2, gate="token", projection_rank=2)),
+            3 * DENSE + 4 * 2 * 2 * D + 5 * D,
+            HEADS,
+        ),
+        (RunConfig(method="btm", btm=BTMConfig(MEMBERS)), 3 * DENSE, 0),
+        (RunConfig(method="moe", moe=MoEConfig(MEMBERS)), DENSE + 2 * (2 * FFN + 3 * D), 2 * FFN),
+        (
+            RunConfig(method="moe", moe=MoEConfig(MEMBERS, routing="sample", split=2)),
+            DENSE + 2 * (2 * FFN + 6 * D),
+            5 * FFN // 2,
+        ),
+        (
+            RunConfig(method="moe", moe=MoEConfig(**BAM, adapters=True, routing="switch")),
+            DENSE + 2 * (2 * FFN + 2 * ATTENTION + 6 * D * D + 6 * D),
+            2 * 2 * (FFN + D * D),
+        ),
+    ],
+    ids=["bts", "bts-mixture", "low rank", "btm", "btx", "sample split", "bam-adapters switch"],
+)
+def test_parameters_of_every_form(comparisons: list[Comparison], config: RunConfig, total: int, idle: int) -> None:
+    """`idle`: what no token runs through, or one token does not."""
+    text = to_yaml(replace(config, model=SIZES))
+    write_checkpoint(comparisons[0].run_dir("it"), {MODEL_FILE: {}}, {CONFIG_FILE: text.encode()}, {"step": 0}, [])
+    assert results.parameters(comparisons[0], "it")[1:] == (total, total - idle)
 
 
 def cells(table: str) -> list[list[str]]:
