@@ -80,8 +80,8 @@ def _rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int,
     for number, (context, continuation) in enumerate(pairs):
         if len(continuation) > max_length:
             raise UserError(
-                f"a text to be scored has {len(continuation)} tokens and the model reads {max_length} at once; leave the "
-                "task out, or take a model with a larger model.max_seq_len"
+                f"a text to be scored has {len(continuation)} tokens and the model reads {max_length} at once; leave "
+                "the task out, or take a model with a larger model.max_seq_len"
             )
         tokens = tuple([*context, *continuation][-(max_length + 1) : -1])
         prompt_length = len(tokens) + 1 - len(continuation) if by_prompt else None

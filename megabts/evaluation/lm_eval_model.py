@@ -106,8 +106,8 @@ class MegabtsLM(TemplateLM):
         vocabulary = self.model.config.vocab_size
         if self.plain.vocab_size > vocabulary:
             raise UserError(
-                f"tokenizer {spec} has {self.plain.vocab_size} ids and the model a vocabulary of {vocabulary}; give the "
-                "tokenizer that the model was trained with"
+                f"tokenizer {spec} has {self.plain.vocab_size} ids and the model a vocabulary of {vocabulary}; give "
+                "the tokenizer that the model was trained with"
             )
         first = _prefix_token(self.plain, self.templated)
         self._prefix = self.plain.eod_id if first is None else first

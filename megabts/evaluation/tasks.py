@@ -74,7 +74,8 @@ def find_tasks(
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder} of task files (--include-path)")
     files = {task: Path(task) for task in tasks if task.endswith((".yaml", ".yml"))}
-    names = [_name(files[task]) if task in files else task for task in tasks]
+    configs = {task: _read(file) for task, file in files.items()}
+    names = [configs[task].get("group") or configs[task]["task"] if task in files else task for task in tasks]
     folders = list(dict.fromkeys([*include, *(file.resolve().parent for file in files.values())]))
     manager = TaskManager(include_path=folders, include_defaults=False)
     if unknown_names(manager, names):
@@ -84,6 +85,10 @@ def find_tasks(
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
         hint = f"did you mean {near[0]}?" if near else "lm_eval ls tasks lists the harness' own"
         raise UsageError(f"there is no task {unknown[0]}; {hint} (task files of your own: a path, or --include-path)")
+    for task, name in zip(tasks, names, strict=True):  # a file that is given wins over a neighbour of the same name
+        if task in files:
+            entry = manager.task_index[name]
+            entry.yaml_path, entry.cfg = files[task].resolve(), configs[task]
     unsafe = [name for name in leaves(manager, names) if (manager.task_index[name].cfg or {}).get("unsafe_code")]
     if unsafe and not unsafe_code:
         raise UsageError(
@@ -95,19 +100,18 @@ def find_tasks(
     return manager, names
 
 
-def _name(file: Path) -> str:
-    """The name that a task file gives. Raises UserError."""
+def _read(file: Path) -> dict[str, Any]:
+    """A task file as it is, its functions by name. Raises UserError."""
     if not file.is_file():
         raise UserError(f"there is no task file {file}")
     try:
-        config = load_yaml(file, resolve_func=False)
+        config: dict[str, Any] = load_yaml(file, resolve_func=False)
     except Exception as error:  # YAML's, the file system's, or the loader's own
         cause = " ".join(str(error).split())
         raise UserError(f"task file {file} cannot be read: {cause}") from error
-    name = config.get("group") or config.get("task")
-    if not isinstance(name, str):
+    if not isinstance(config.get("group") or config.get("task"), str):
         raise UserError(f"task file {file} names no task; write task: NAME, or group: NAME")
-    return name
+    return config
 
 
 def members(manager: TaskManager, name: str) -> list[str]:
