@@ -38,6 +38,8 @@ class Step:
     """The token that each of them reads."""
     admitted: Sequence[Admission] = field(default=())
     """Rows that begin, after those."""
+    gates: bool = False
+    """Whether gates are looked at, which ranks must do alike."""
 
 
 @dataclass

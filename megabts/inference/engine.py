@@ -15,15 +15,18 @@ the model are in `ranks.follow` meanwhile, with the same `max_tokens`.
 """
 
 from collections import deque
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 
+from megabts.bts.model import BTSModel
 from megabts.config.model import ModelConfig
-from megabts.errors import UserError
+from megabts.errors import UsageError, UserError
 from megabts.inference.decoding import Admission, Decoding, Step
 from megabts.inference.kv_cache import Stretches, cache_bytes
 from megabts.inference.ranks import check_mesh, send
+from megabts.inference.row_gates import observe_gates, row_gates
 from megabts.inference.rows import Completion, Event, Request, choose
 from megabts.model.decoder import Model
 from megabts.parallel.mesh import ParallelMesh
@@ -99,6 +102,8 @@ class Engine:
         a tokenizer.
         """
         check_request(self.model.config, request)
+        if request.gates and not isinstance(self.model, BTSModel):
+            raise UsageError("gates are asked for, and the model has none; ask a BTS model, or leave them out")
         if places(request) > self.max_tokens:
             raise UserError(
                 f"the prompt has {len(request.prompt)} tokens, with {request.settings.max_new_tokens} new ones more "
@@ -131,12 +136,19 @@ class Engine:
         self._rows = rows + new
         self._steps += 1
         self._progress.enter("decoding", self._steps, timed=False)
-        step = Step(kept, tokens, admitted)
+        with_gates = any(row.request.gates for row in self._rows)
+        step = Step(kept, tokens, admitted, with_gates)
         if self.mesh.world_size > 1:
             send(step, self._decoding.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), observe_gates(self.model, with_gates) as seen:
             logits = self._decoding.run(step)
             events = [] if logits is None else choose(logits, self._rows)
+        if with_gates:
+            found = row_gates(self.model, seen, len(kept), [len(completion.request.prompt) for completion in new])
+            events = [
+                replace(event, gates=gates.last, prompt_gates=gates.prompt) if row.request.gates else event
+                for event, gates, row in zip(events, found, self._rows, strict=True)
+            ]
         for completion in self._rows:
             if completion.finish is not None:
                 self._release(completion)

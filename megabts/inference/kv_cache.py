@@ -110,7 +110,7 @@ class Decode:
     def store(self, stored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `Places`: returns [width, b, kv_heads, hd]."""
         rows = len(self.starts)
-        if rows == 1:
+        if rows == 1 and self.index is None:
             last = stored[:, :, self.first + self.width - 1]
             last[0].copy_(key[0, 0])
             last[1].copy_(value[0, 0])

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megabts.errors import UsageError
 from megabts.inference.decoding import Admission, Decoding, Step
+from megabts.inference.row_gates import observe_gates
 from megabts.model.decoder import Model
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.progress import Progress
@@ -43,7 +44,8 @@ def follow(model: Model, max_tokens: int, mesh: ParallelMesh, progress: Progress
         while (step := receive(decoding.device)) is not None:
             number += 1
             progress.enter("decoding", number, timed=False)
-            decoding.run(step)
+            with observe_gates(model, step.gates):
+                decoding.run(step)
 
 
 def send(step: Step | None, device: torch.device) -> None:
@@ -70,18 +72,18 @@ def _broadcast(numbers: Sequence[int], device: torch.device) -> list[int]:
 
 
 def _pack(step: Step) -> list[int]:
-    numbers = [len(step.kept), *step.kept, *step.tokens]
+    numbers = [len(step.kept), int(step.gates), *step.kept, *step.tokens]
     for new in step.admitted:
         numbers += [new.start, -1 if new.eod_id is None else new.eod_id, len(new.prompt), *new.prompt]
     return numbers
 
 
 def _unpack(numbers: list[int]) -> Step:
-    kept = numbers[0]
-    place, admitted = 1 + 2 * kept, []
+    kept, gates = numbers[:2]
+    place, admitted = 2 + 2 * kept, []
     while place < len(numbers):
         start, eod_id, length = numbers[place : place + 3]
         prompt = numbers[place + 3 : place + 3 + length]
         admitted.append(Admission(start, prompt, None if eod_id < 0 else eod_id))
         place += 3 + length
-    return Step(numbers[1 : 1 + kept], numbers[1 + kept : 1 + 2 * kept], admitted)
+    return Step(numbers[2 : 2 + kept], numbers[2 + kept : 2 + 2 * kept], admitted, bool(gates))

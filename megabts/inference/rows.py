@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megabts.errors import UsageError, UserError
+from megabts.inference.row_gates import Gates
 from megabts.inference.sampling import penalise, sample
 from megabts.inference.settings import GenerationSettings
 from megabts.inference.text_stream import StopStrings, TextStream
@@ -25,6 +26,8 @@ class Request:
     settings: GenerationSettings = field(default_factory=GenerationSettings)
     row: int = 0
     """Its place in a call of several rows. What is drawn depends on (settings.seed, row) and the logits alone."""
+    gates: bool = False
+    """Report what members counted, with every event; of BTS models only."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Event:
     """The token's log-probability, nats, where asked for."""
     top: tuple[tuple[int, float], ...] = ()
     """(token, log-probability) of the likeliest ones, where asked for."""
+    gates: Gates = ()
+    """What members counted where the token was chosen, where asked for."""
+    prompt_gates: tuple[Gates, ...] = ()
+    """The same at every token of the prompt, with the first event."""
 
 
 class Completion:

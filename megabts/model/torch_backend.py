@@ -74,14 +74,16 @@ class TorchBackend:
         if _explicit_is_faster(q, k):
             out = _ExplicitAttention.apply(q, k, v, mask)
         else:
-            groups = q.shape[1] // k.shape[1]
-            if groups > 1:
-                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-            s, t = q.shape[2], k.shape[2]
+            (batch, heads, s, _), kv_heads, t = q.shape, k.shape[1], k.shape[2]
+            if s == 1:  # the query heads of one key head stand as its queries: keys and values need no copies
+                q = q.reshape(batch, kv_heads, heads // kv_heads, -1)
+            elif heads > kv_heads:
+                k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
             if mask is None and 1 < s < t:  # the kernel's own causal mask puts the first query at the first key
                 mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
             causal = mask is None and s > 1
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            out = out.reshape(batch, heads, s, -1)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def frozen(self) -> "TorchBackend":

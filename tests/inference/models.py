@@ -49,7 +49,7 @@ def dense(**sizes: Any) -> Decoder:
     config = ModelConfig(**{**SIZES, **sizes})
     model = Decoder(config, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(named_metas(model), 1, mesh)
-    return _shake(model)
+    return shake(model)
 
 
 def stitched(**settings: Any) -> BTSModel:
@@ -58,7 +58,7 @@ def stitched(**settings: Any) -> BTSModel:
     bts = BTSConfig("hub", {"code": "code", "math": "math"}, gate_dropout=0.5, **settings)
     model = BTSModel(ModelConfig(**SIZES), bts, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(named_metas(model), 2, mesh)
-    return _shake(model)
+    return shake(model)
 
 
 def build(name: str) -> Decoder | BTSModel:
@@ -67,7 +67,8 @@ def build(name: str) -> Decoder | BTSModel:
     return dense(**DENSE[variant]) if kind == "dense" else stitched(**BTS[variant])
 
 
-def _shake(model: Any) -> Any:
+def shake(model: Any) -> Any:
+    """All parameters moved a little at random, biases and norms too."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

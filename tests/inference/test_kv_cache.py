@@ -39,6 +39,8 @@ def test_gives_back_all_so_far(starts: list[int], viewed: bool) -> None:
         found = some.store(cache.stored[1], keys[1, 6:7, [0, 2]], values[1, 6:7, [0, 2]])
         assert torch.equal(found[0][:5, 1], keys[1, 2:7, 2])
         assert torch.equal(found[1][:7, 0], values[1, :7, 0])
+        one = cache.of_rows(torch.tensor([1])).places.store(cache.stored[1], keys[1, 6:7, 1:2], values[1, 6:7, 1:2])
+        assert torch.equal(one[0][:4, 0], keys[1, 3:7, 1])
 
 
 def test_a_view_does_not_copy_and_ends_with_the_buffer() -> None:
