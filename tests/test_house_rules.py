@@ -31,7 +31,7 @@ LAYERS = (
     ("build", "assemble"),
     ("convert",),
     ("inference", "planner"),
-    ("evaluation", "train"),
+    ("evaluation", "train", "serving"),
     ("viz",),
     ("experiment",),
 )
