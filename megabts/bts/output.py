@@ -49,7 +49,8 @@ class OutputMixture(nn.Module):
     ) -> Tensor:
         """States [members, s', b, D] and labels, mask [b, s] -> sum of the mixture's cross-entropy, nats.
 
-        A label that the mask leaves out is evidence all the same.
+        A label that the mask leaves out is evidence all the same. Evidence is data: the taps learn from it, and no
+        gradient passes through it to the states, so this is not the whole gradient of the loss.
         """
         normed = [member.final_norm(state) for member, state in zip(members, states, strict=True)]
         pairs = zip(members, normed, strict=True)

@@ -30,6 +30,13 @@ def test_weighted_average(weights: list[float]) -> None:
         np.testing.assert_allclose(tensor.numpy(), np.average(stacked, axis=0, weights=weights), rtol=1e-5, atol=1e-7)
 
 
+def test_a_member_of_weight_zero_leaves_no_trace() -> None:
+    parts = members(3)
+    parts[1] = {name: torch.full_like(tensor, math.inf) for name, tensor in parts[1].items()}
+    soup, others = average(parts, [1, 0, 3]), average([parts[0], parts[2]], [1, 3])
+    assert all(torch.equal(tensor, others[name]) for name, tensor in soup.items())
+
+
 def test_low_precision_members_are_averaged_exactly_and_rounded_once() -> None:
     parts = members(5, torch.bfloat16)
     soup = average(parts, [1] * 5)
