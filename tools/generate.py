@@ -1,26 +1,32 @@
 """Continue text with a model: a run or checkpoint folder of any method, or a Hugging Face Llama folder.
 
 One prompt: the completion is streamed to stdout as it comes. Several: they run as one batch and are printed at the
-end. The speed goes to stderr. Generation stops at the tokenizer's end-of-document token.
+end. The speed goes to stderr. Generation stops at the tokenizer's end-of-document token, or before a --stop text.
+Under torchrun a model may lie on --parallel.tensor x --parallel.expert ranks; the first one prints.
 """
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, UserError, run_tool
+from megabts.runtime.failure import told_once
 
 if TYPE_CHECKING:
     from megabts.bts.model import BTSModel
-    from megabts.inference.generate import OnToken
+    from megabts.inference.launch import Place
+    from megabts.inference.rows import Completion, Event
     from megabts.moe.model import MoEModel
     from megabts.moe.router import Routes
     from megabts.moe.routes import LayerRoutes
+    from megabts.runtime.progress import Progress
     from megabts.tokenizers.protocol import Tokenizer
 
 
@@ -37,6 +43,8 @@ def parse_args() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (default: 0, all)")
     add("--top-p", type=float, default=1.0, help="sample among the likeliest with probability P (default: 1, all)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: against what was said (default: 1, none)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add("--tokenizer", default="", metavar="SPEC", help="path, bytes or null:VOCAB (default: the checkpoint's)")
     add("--dtype", choices=["float32", "bfloat16"], help="number format (default: the run's)")
@@ -46,25 +54,53 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="show how much each member counts at the last stitch, or ffn expert in a layer",
     )
+    add("--parallel.tensor", dest="tensor", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    add("--parallel.expert", dest="expert", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    add("--parallel.timeout", dest="timeout", type=int, default=300, metavar="N", help="seconds without progress")
     add("--no-cache", action="store_true", help="recompute everything for every token (slow)")
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
-    texts = read_prompts(args.prompt, args.prompt_file)
+    """Ranks, model, prompts; completions."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # below it: pages of C++ frames when a rank is gone
+    with told_once():
+        args = parse_args()
+        texts = read_prompts(args.prompt, args.prompt_file)
+        from megabts.config.run import ParallelConfig
+        from megabts.inference.launch import join
+        from megabts.runtime.device import stop_communication
+        from megabts.runtime.watchdog import watched
+
+        place = join(ParallelConfig(tensor=args.tensor, expert=args.expert, timeout=args.timeout))
+        with watched(place.meeting, place.parallel.timeout) as progress:
+            first = place.mesh.rank == 0
+            with redirect_stdout(sys.stdout if first else None):
+                run(args, texts, place, progress)
+            stop_communication()
+
+
+def run(args: argparse.Namespace, texts: list[str], place: "Place", progress: "Progress") -> None:
+    """On every rank: load its part of the model and generate. The first has the result; others print nothing."""
     from megabts.bts.model import BTSModel
-    from megabts.build import load_model
-    from megabts.inference.generate import generate, generate_uncached
+    from megabts.inference.generate import complete, complete_uncached, requests
+    from megabts.inference.launch import load_part
     from megabts.inference.settings import GenerationSettings
     from megabts.moe.model import MoEModel
-    from megabts.parallel.mesh import ParallelMesh
-    from megabts.runtime.device import DTYPES, Launch, pick_device
+    from megabts.parallel.collectives import broadcast_object
+    from megabts.runtime.device import DTYPES
     from megabts.tokenizers.build import build_tokenizer
 
-    settings = GenerationSettings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    loaded = load_model(args.checkpoint, ParallelMesh(), dtype, pick_device(Launch()), without=args.without)
+    settings = GenerationSettings(
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        repetition_penalty=args.repetition_penalty,
+        stop_strings=tuple(args.stop),
+    )
+    loaded, mesh = load_part(args.checkpoint, place, DTYPES[args.dtype] if args.dtype else None, args.without)
     model = loaded.model
     if args.gates and not isinstance(model, BTSModel | MoEModel):
         raise UsageError(f"--gates: {args.checkpoint} is a {loaded.config.method} model and has no gates")
@@ -74,22 +110,25 @@ def main() -> None:
     stop_ids = () if tokenizer.eod_id is None else (tokenizer.eod_id,)
     settings = replace(settings, stop_ids=stop_ids, eod_id=tokenizer.eod_id, num_ids=tokenizer.vocab_size)
     prompts = [begin(text, tokenizer) for text in texts]
-    engine = generate_uncached if args.no_cache else generate
+    asked, on_event = requests(prompts, settings), show_text if len(prompts) == 1 else None
     start = time.perf_counter()
-    if len(prompts) == 1:
-        completions = stream(lambda on_token: engine(model, prompts, settings, on_token), prompts[0], tokenizer)
+    if args.no_cache:
+        rows = complete_uncached(model, asked, on_event, tokenizer=tokenizer)
     else:
-        completions = engine(model, prompts, settings)
+        rows = complete(model, asked, on_event, tokenizer=tokenizer, mesh=mesh, progress=progress)
     seconds = time.perf_counter() - start
     if len(prompts) > 1:
-        print_batch(prompts, completions, tokenizer)
-    num_tokens = sum(map(len, completions))
-    print(f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s", file=sys.stderr)
-    texts_of_ids = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        print_batch(rows, tokenizer)
+    elif rows:
+        print()
+    num_tokens = sum(len(row.tokens) for row in rows)
+    if mesh.rank == 0:
+        print(f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    ids: list[list[int]] = broadcast_object([[*row.request.prompt, *row.tokens] for row in rows])
     if args.gates and isinstance(model, BTSModel):
-        print_gates(model, texts_of_ids)
+        print_gates(model, ids)
     elif args.gates and isinstance(model, MoEModel):
-        print_routes(model, texts_of_ids, tokenizer)
+        print_routes(model, ids, tokenizer)
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[str]:
@@ -120,20 +159,15 @@ def begin(text: str, tokenizer: "Tokenizer") -> list[int]:
     return [tokenizer.eod_id]
 
 
-def stream(run: Callable[["OnToken"], list[list[int]]], prompt: list[int], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Generate for one prompt and print each piece of text when it is whole."""
-    from megabts.inference.text_stream import TextStream
-
-    text = TextStream(tokenizer, prompt)
-    completions = run(lambda _, token: print(text.add(token), end="", flush=True))
-    print(text.finish())
-    return completions
+def show_text(event: "Event") -> None:
+    """Print text as it comes."""
+    print(event.text, end="", flush=True)
 
 
-def print_batch(prompts: list[list[int]], completions: list[list[int]], tokenizer: "Tokenizer") -> None:
+def print_batch(rows: Sequence["Completion"], tokenizer: "Tokenizer") -> None:
     """Every prompt with its completion, under a numbered line."""
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-        print(f"[{number}]\n{tokenizer.decode(prompt + completion)}")
+    for number, row in enumerate(rows, 1):
+        print(f"[{number}]\n{tokenizer.decode(list(row.request.prompt))}{row.text}")
 
 
 def print_gates(model: "BTSModel", texts: list[list[int]]) -> None:

@@ -21,6 +21,16 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     _check_pipeline(config, dp)
 
 
+def check_generation(config: RunConfig) -> None:
+    """The same for generation, which has neither batches nor a pipeline."""
+    for axis in ("tensor", "expert"):
+        degree = getattr(config.parallel, axis)
+        if config.method in ("btm", "routing") and degree > 1:
+            raise UsageError(f"parallel.{axis} is {degree}, but method {config.method} runs on one rank; leave it at 1")
+    _check_tensor(config)
+    _check_expert(config)
+
+
 def num_microbatches(config: RunConfig, dp: int) -> int:
     """Micro-batches that each rank runs in a step."""
     return config.train.global_batch // (config.train.micro_batch * dp)
