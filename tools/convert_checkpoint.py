@@ -3,7 +3,8 @@
 import: a megabts checkpoint of a Hugging Face model (Llama 2 and 3, Mistral, Qwen2, Qwen2.5, Qwen3, OLMo-2), which
 training, evaluation, generation and stitching take. They take the folder itself, too; import it to continue training
 where the folder may not stay.
-export: a Hugging Face folder of a checkpoint, for transformers and what reads its folders.
+export: a Hugging Face folder of a checkpoint, for transformers and what reads its folders: dense models and soups in
+their family, BTX and sparse upcycled models as Mixtral, Qwen3-MoE or FlexOlmo, BTS models with their own Python code.
 
 python tools/convert_checkpoint.py import --hf models/qwen --out runs/seed
 python tools/convert_checkpoint.py export --checkpoint runs/soup --out hf/soup --dtype bfloat16
@@ -40,8 +41,17 @@ def main() -> None:
     exporting.add_argument(
         "--max-shard-bytes", type=int, default=5 * 10**9, metavar="N", help="of one weight file (default: 5e9)"
     )
+    exporting.add_argument(
+        "--reference",
+        action="store_true",
+        default=None,
+        help="BTS: name the members' Hugging Face folders, do not copy",
+    )
+    exporting.add_argument(
+        "--member", action="append", metavar="NAME=DIR", help="with --reference: where a member's folder is (several)"
+    )
     args = parser.parse_args()
-    others = {"import": ("checkpoint", "dtype"), "export": ("hf", "max_seq_len")}
+    others = {"import": ("checkpoint", "dtype", "reference", "member"), "export": ("hf", "max_seq_len")}
     for name in others[args.action]:
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is not of {args.action}; leave it out")
@@ -52,6 +62,8 @@ def main() -> None:
     from megabts.convert.export import export
     from megabts.convert.options import Options
 
+    if args.member and not args.reference:
+        raise UsageError("--member goes with --reference; add it")
     if args.max_shard_bytes < 1:
         raise UsageError(f"--max-shard-bytes is {args.max_shard_bytes}; give at least 1")
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -59,7 +71,7 @@ def main() -> None:
     if args.action == "export":
         if not args.checkpoint:
             raise UsageError("export needs --checkpoint DIR")
-        export(args.checkpoint, args.out, options)
+        export(args.checkpoint, args.out, options, named_folders(args.member or []) if args.reference else None)
         return
     if not args.hf:
         raise UsageError("import needs --hf DIR")
@@ -67,6 +79,15 @@ def main() -> None:
         raise UsageError(f"--max-seq-len is {args.max_seq_len}; give at least 1")
     config = import_dense(args.hf, args.out, options, args.max_seq_len)
     print(f"wrote {args.out}: {config.model.num_parameters:,} parameters")
+
+
+def named_folders(items: list[str]) -> dict[str, Path]:
+    """{"code": DIR} from ["code=DIR"]."""
+    pairs = [item.partition("=") for item in items]
+    for item, (name, _, path) in zip(items, pairs, strict=True):
+        if not name or not path:
+            raise UsageError(f"--member {item} is not of the form NAME=DIR")
+    return {name: Path(path) for name, _, path in pairs}
 
 
 if __name__ == "__main__":

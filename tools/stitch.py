@@ -4,7 +4,7 @@ python tools/stitch.py --hub runs/seed --expert code=runs/code --expert math=run
 python tools/stitch.py add --checkpoint runs/bts --expert law=runs/law --out runs/bts-law
 python tools/stitch.py remove --checkpoint runs/bts --expert code --out runs/bts-without-code
 
-Members are megabts checkpoints or Hugging Face Llama folders; they stay where they are. Train the result with
+Members are megabts checkpoints or Hugging Face folders; they stay where they are. Train the result with
 `python tools/train.py --checkpoint.init_from OUT ...`; what `remove` makes runs at once.
 """
 

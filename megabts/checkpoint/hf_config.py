@@ -133,7 +133,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "initializer_range": config.init_std,
         "use_cache": True,
-        **({"use_sliding_window": False} if model_type.startswith("qwen") else {}),
+        **({"use_sliding_window": False, "sliding_window": None} if model_type.startswith("qwen") else {}),
         **rope_to_hf(config),
         "bos_token_id": None,
         "eos_token_id": None,
