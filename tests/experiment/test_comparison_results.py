@@ -92,7 +92,7 @@ def test_costs_are_a_methods_own(comparisons: list[Comparison]) -> None:
 
 MEMBERS = {"seed": "s", "code": "c", "math": "m"}
 EXPERTS = {name: path for name, path in MEMBERS.items() if name != "seed"}
-BAM = {"members": MEMBERS, "attention_experts": True}
+BAM: dict[str, Any] = {"members": MEMBERS, "attention_experts": True}
 
 
 @pytest.mark.parametrize(
