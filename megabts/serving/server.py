@@ -104,6 +104,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=limits.drain_seconds,  # type: ignore[arg-type]
     )
