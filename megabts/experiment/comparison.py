@@ -166,6 +166,7 @@ class Comparison(Experiment):
             f"evaluate {name}",
             "evaluate.py",
             *("--checkpoint", self.run_dir(model), "--json", self.losses(name), "--protocol", "documents"),
+            *("--dtype", "float32"),  # merged members are kept in it, trained ones are not: one arithmetic for all
             *("--samples", str(self.scale.windows), "--seq-length", str(self.config("seed").data.seq_length)),
             *("--data", *(f"{domain}={self.prefix(domain, 'valid')}" for domain in domains or self.domains)),
             *arguments,
