@@ -75,7 +75,7 @@ def config_from_hf(hf_dir: Path, max_seq_len: int | None = None) -> ModelConfig:
     raw = read_config(hf_dir)
     where = Path(hf_dir) / CONFIG
     family = FAMILY[raw["model_type"]]
-    for key, allowed in (ONLY_VALUES | dict.fromkeys(family.false_keys, (False,))).items():
+    for key, allowed in {**ONLY_VALUES, **dict.fromkeys(family.false_keys, (False,))}.items():
         if key in raw and raw[key] not in allowed:
             raise UserError(f"{where}: {key} = {raw[key]!r} is not supported (only {allowed[-1]!r}); use another model")
     missing = [key for key in REQUIRED_KEYS.values() if not isinstance(raw.get(key), int)]

@@ -98,7 +98,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], options:
     if len(shards) == 1:
         os.rename(folder / _part_name(1), folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         os.rename(folder / _part_name(number), folder / file)

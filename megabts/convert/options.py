@@ -21,5 +21,5 @@ class Options:
     """Largest safetensors file; a tensor that is larger has a file of its own. One file's tensors are in memory."""
     check: Check = "logits"
     """How the result is checked."""
-    say: Callable[[str], None] = print
+    say: Callable[[str], object] = print
     """Takes one line for the user at a time."""

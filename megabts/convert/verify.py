@@ -7,6 +7,7 @@ more.
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,12 +77,13 @@ def transformers_logits(folder: Path, tokens: Tensor, *, remote_code: bool = Fal
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=remote_code, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # the library raises everything
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"transformers does not load {folder}: {type(error).__name__}: {reason}") from error
+    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             first = sorted(report[kind], key=str)[0]
@@ -90,7 +92,7 @@ def transformers_logits(folder: Path, tokens: Tensor, *, remote_code: bool = Fal
     return logits
 
 
-def check_logits(ours: Tensor, theirs: Tensor, where: Path, say: Callable[[str], None] = print) -> float:
+def check_logits(ours: Tensor, theirs: Tensor, where: Path, say: Callable[[str], object] = print) -> float:
     """The largest difference of two sides' logits, as a part of the largest logit; said in one line.
 
     Raises UserError when it is above `THRESHOLD` or not a number.
@@ -108,7 +110,7 @@ def check_logits(ours: Tensor, theirs: Tensor, where: Path, say: Callable[[str],
 Tensors = Iterable[tuple[str, Tensor]]
 
 
-def check_tensors(ours: Tensors, theirs: Tensors, where: Path, say: Callable[[str], None] = print) -> int:
+def check_tensors(ours: Tensors, theirs: Tensors, where: Path, say: Callable[[str], object] = print) -> int:
     """Compare two iterators of (name, tensor) bit for bit; their number. Raises UserError naming the first difference.
 
     Both must come in one order.

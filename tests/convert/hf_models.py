@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53,
@@ -40,11 +39,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def make(
     folder: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **options: Any
-) -> nn.Module:
+) -> Any:
     """A model whose every parameter is random, saved to `folder`."""
     name, own = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **own, **options})
-    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model: Any = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
