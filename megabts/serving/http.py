@@ -7,6 +7,7 @@ ASGI layer around the application: it reads every body whole, within a size and 
 import asyncio
 import hmac
 import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat
 CLOSE = {"Connection": "close"}
 LINGER_BYTES = 2**30
 """How much of a body that is too large is read and thrown away, so that its sender gets to see the answer."""
+IDLE_SECONDS = 0.5
+"""How long that waits for more of it, and a refused connection for its client."""
 
 
 def encode(content: object) -> bytes:
@@ -41,6 +44,7 @@ class TimedProtocol(H11Protocol):
 
     read_seconds = 10.0
     _late: asyncio.TimerHandle | None = None
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection that says nothing has as long as a head may take."""
@@ -53,7 +57,9 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """More of a request; the clock runs while a head is incomplete."""
+        """More of a request; the clock runs while a head is incomplete. After a refusal nothing is read."""
+        if self._refused:
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop()
@@ -71,14 +77,21 @@ class TimedProtocol(H11Protocol):
         self._refuse(ApiError(408, message, None, "too_slow"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer and hang up; where an answer has begun already, hang up."""
+        """Answer, and hang up a moment later, so that a client that still sends hears it.
+
+        Where an answer has begun already, hang up at once.
+        """
         self._stop()
+        self._refused = True
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             body = encode(error.content())
             status = h11.Response(status_code=error.status, headers=json_headers(body, CLOSE.items()))
             for event in (status, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+            self.transport.write_eof()
+            self.loop.call_later(IDLE_SECONDS, self.transport.close)
+        else:
+            self.transport.close()
 
     def _stop(self) -> None:
         if self._late is not None:
@@ -167,20 +180,16 @@ class Guard:
             raise ApiError(415, "the body does not say what it is; send 'Content-Type: application/json'")
 
     async def _linger(self, receive: Any) -> None:
-        """Throw the rest of a body away, for a while."""
-
-        async def discard() -> None:
-            left = LINGER_BYTES
-            while left > 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    return
-
-        try:
-            await asyncio.wait_for(discard(), self.limits.read_seconds)
-        except asyncio.TimeoutError:
-            return
+        """Throw the rest of a body away, as long as it comes: who hangs up on a sender is not heard by it."""
+        left, end = LINGER_BYTES, time.monotonic() + self.limits.read_seconds
+        while left > 0 and time.monotonic() < end:
+            try:
+                message = await asyncio.wait_for(receive(), IDLE_SECONDS)
+            except asyncio.TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
 
 
 async def _read(receive: Any, most: int) -> bytes | None:
