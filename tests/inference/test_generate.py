@@ -140,6 +140,10 @@ def test_prompts_that_cannot_be() -> None:
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"num_ids": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"stop_strings": ("a", "")},
+        {"logprobs": -1},
     ],
 )
 def test_settings_that_cannot_be_meant(settings: dict) -> None:

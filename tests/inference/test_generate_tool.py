@@ -96,6 +96,20 @@ def test_several_prompts_run_as_one_batch(tool: Tool, stitched: Path, tmp_path: 
     assert out == f"[1]\n1 2 3 {first}\n[2]\n9 9 8 7 {second}\n"
 
 
+def test_penalty_and_stop_texts(tool: Tool, stitched: Path) -> None:
+    greedy = ("--temperature", "0", "--max-new-tokens", "8", "--dtype", "float32", "--prompt", "1 2 3")
+    arguments = ("--checkpoint", str(stitched), *greedy, "--repetition-penalty", "1.9")
+    tokens = completion(stitched, [1, 2, 3], GenerationSettings(8, stop_ids=(96,), repetition_penalty=1.9)).split()
+    assert tool(*arguments)[1] == f" {' '.join(tokens)}\n" != tool("--checkpoint", str(stitched), *greedy)[1]
+    stop = f"{tokens[4]} {tokens[5]}"
+    expected = f" {' '.join(tokens)}".partition(stop)[0]
+    for way in ([], ["--no-cache"]):
+        assert tool(*arguments, "--stop", "nothing", "--stop", stop, *way)[1] == f"{expected}\n"
+    code, out, _ = tool(*arguments, "--prompt", "9", "--stop", stop)
+    assert code == 0
+    assert f"\n1 2 3{expected}\n[2]\n9 " in out
+
+
 def test_empty_prompt_begins_a_document(tool: Tool, stitched: Path) -> None:
     settings = ("--temperature", "0", "--max-new-tokens", "6", "--dtype", "float32")
     code, out, _ = tool("--checkpoint", str(stitched), "--prompt", "", *settings)
@@ -155,6 +169,10 @@ def test_without_an_expert_is_the_checkpoint_without_it(tool: Tool, stitched: Pa
         (["--prompt", "1 2", "--tokenizer", "null:97", "--without", "code"], 2, "has no experts"),
         (["--prompt", "z", "--tokenizer", "bytes", "--max-new-tokens", "4"], 1, "has token 122"),
         (["--prompt", "", "--tokenizer", "absent"], 1, "tokenizer absent does not exist"),
+        (["--prompt", "1", "--tokenizer", "null:97", "--repetition-penalty", "0"], 2, "repetition_penalty is 0.0"),
+        (["--prompt", "1", "--tokenizer", "null:97", "--stop", ""], 2, "stop_strings is given an empty string"),
+        (["--prompt", "1", "--parallel.tensor", "2"], 2, "= 2 ranks hold the model and there are 1; start 2 with"),
+        (["--prompt", "1", "--parallel.expert", "0"], 2, "parallel.expert is 0"),
         (["--prompt", "caf\udce9"], 2, "--prompt is not UTF-8 text"),
         (["--prompt-file", "absent.txt"], 1, "prompt file absent.txt cannot be read"),
         (["--prompt", "1", "--checkpoint", "absent"], 1, "there is no folder absent"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from megabts.inference.sampling import draw, probabilities, sample
+from megabts.inference.sampling import draw, penalise, probabilities, sample
 
 
 def brute_force(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
@@ -84,3 +85,13 @@ def test_a_row_draws_from_its_own_generator() -> None:
     alone = [sample(logits[:1], 1.0, 0, 1.0, [torch.Generator().manual_seed(seed)]).item() for seed in seeds]
     assert together.tolist() == alone
     assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.8])
+def test_penalty_is_that_of_transformers(penalty: float) -> None:
+    logits, ids = torch.randn(50, generator=torch.Generator().manual_seed(2)), [3, 3, 7, 49, 0]
+    seen = torch.zeros(50, dtype=torch.bool)
+    seen[ids] = True
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits[None].clone())[0]
+    assert torch.equal(penalise(logits, seen, penalty), expected)
+    assert torch.equal(penalise(logits, seen, penalty), logits) == (penalty == 1)

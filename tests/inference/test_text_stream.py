@@ -1,11 +1,13 @@
 """Streamed pieces together are the whole text, and no piece shows half a character."""
 
+from itertools import pairwise
+
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabts.inference.text_stream import INCOMPLETE, TextStream
+from megabts.inference.text_stream import INCOMPLETE, StopStrings, TextStream
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
 from megabts.tokenizers.train import train_tokenizer
@@ -82,3 +84,34 @@ def test_spaces_between_words(tokenizers: dict[str, Tokenizer]) -> None:
 def test_integers_as_text() -> None:
     tokenizer = build_tokenizer("null:50")
     assert pieces(tokenizer, [7], [8, 9]) == [" 8", " 9", ""]
+
+
+def until_stop(text: str, strings: list[str]) -> str:
+    """Character by character, from the definition."""
+    for end in range(len(text) + 1):
+        found = [end - len(string) for string in strings if text[:end].endswith(string)]
+        if found:
+            return text[: min(found)]
+    return text
+
+
+@settings(max_examples=300)
+@given(
+    text=st.text("ab", max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=6),
+    strings=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_text_before_a_stop_string_however_it_comes(text: str, cuts: list[int], strings: list[str]) -> None:
+    """And nothing is given out that is later taken back, or held back without need."""
+    stops, given, places = StopStrings(strings), "", sorted({0, *cuts, len(text)})
+    for start, end in pairwise(places):
+        piece, found = stops.add(text[start:end])
+        given += piece
+        assert found == (until_stop(text[:end], strings) != text[:end] or text[:end].endswith(tuple(strings)))
+        if found:
+            break
+        held = text[len(given) : end]
+        assert not held or any(string.startswith(held) for string in strings)
+    else:
+        given += stops.finish()
+    assert given == until_stop(text, strings)
