@@ -27,6 +27,7 @@ from megabts.convert.verify import (
     checkpoint_logits,
     fixed_tokens,
     require_transformers,
+    spread_positions,
     transformers_logits,
 )
 from megabts.errors import UserError
@@ -56,9 +57,9 @@ def import_dense(hf_dir: Path, out: Path, options: Options, max_seq_len: int | N
         size = sum(map(prod, shapes.values())) * value_bytes
         write_streaming(aside, list(shapes), weights_from_hf(hf_dir, shapes, model), size, blobs, state)
         if options.check == "logits":
-            tokens = fixed_tokens(model)
-            ours = checkpoint_logits(aside, tokens)
-            check_logits(ours, transformers_logits(hf_dir, tokens), out, options.say)
+            tokens, positions = fixed_tokens(model), spread_positions(model)
+            ours = checkpoint_logits(aside, tokens, positions=positions)
+            check_logits(ours, transformers_logits(hf_dir, tokens, positions=positions), out, options.say)
         else:
             with TensorReader(aside, MODEL_FILE) as reader:
                 check_tensors(weights_from_hf(hf_dir, reader.shapes, model), reader.items(), out, options.say)
@@ -89,9 +90,9 @@ def export_dense(checkpoint: Path, out: Path, options: Options) -> None:
 
     def check(folder: Path) -> None:
         if options.check == "logits":
-            tokens = fixed_tokens(source.config)
-            ours = checkpoint_logits(source.folder, tokens, options.dtype)
-            check_logits(ours, transformers_logits(folder, tokens), out, options.say)
+            tokens, positions = fixed_tokens(source.config), spread_positions(source.config)
+            ours = checkpoint_logits(source.folder, tokens, options.dtype, positions)
+            check_logits(ours, transformers_logits(folder, tokens, positions=positions), out, options.say)
         else:
             names = [name for name, _ in source.weights()]
             check_tensors(_cast(source, options.dtype), weights_from_hf(folder, names), out, options.say)

@@ -45,30 +45,45 @@ def fixed_tokens(config: ModelConfig) -> Tensor:
     return torch.randint(config.vocab_size, (batch, min(length, config.max_seq_len)), generator=generator)
 
 
+def spread_positions(config: ModelConfig) -> Tensor:
+    """Where the check's tokens stand [s]: half of them at the beginning, half spread up to the longest sequence.
+
+    A wrong rotary scaling shows there.
+    """
+    length = min(BATCH[1], config.max_seq_len)
+    first = length // 2
+    return torch.cat([torch.arange(first), torch.linspace(first, config.max_seq_len - 1, length - first).long()])
+
+
 @torch.no_grad()
-def model_logits(model: Model, tokens: Tensor) -> Tensor:
-    """Logits [b, s, V] of a megabts model on one rank, fp32."""
-    context = make_context(model.config, torch.arange(tokens.shape[1]), model.dtype, tokens=tokens)
+def model_logits(model: Model, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Logits [b, s, V] of a megabts model on one rank, fp32; `positions` [s] of the tokens, None: 0, 1, ..."""
+    places = torch.arange(tokens.shape[1]) if positions is None else positions
+    context = make_context(model.config, places, model.dtype, tokens=tokens)
     hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
     return model.logits(hidden, context).float()
 
 
-def checkpoint_logits(checkpoint: Path, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def checkpoint_logits(
+    checkpoint: Path, tokens: Tensor, dtype: torch.dtype | None = None, positions: Tensor | None = None
+) -> Tensor:
     """Logits [b, s, V] of a megabts checkpoint of any method, fp32; `dtype`: its weights rounded to that first."""
     model = load_model(checkpoint, ParallelMesh(), torch.float32, "cpu").model.eval()
     if dtype is not None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))
-    return model_logits(model, tokens)
+    return model_logits(model, tokens, positions)
 
 
 @torch.no_grad()
-def transformers_logits(folder: Path, tokens: Tensor, *, remote_code: bool = False) -> Tensor:
+def transformers_logits(
+    folder: Path, tokens: Tensor, *, remote_code: bool = False, positions: Tensor | None = None
+) -> Tensor:
     """Logits [b, s, V] of a Hugging Face folder in transformers, fp32, without a cache.
 
-    `remote_code`: run the Python files in the folder. Raises UserError when the library does not load the folder, or
-    names tensors that are missing or left over.
+    `positions` [s] of the tokens, None: 0, 1, ... `remote_code`: run the Python files in the folder. Raises UserError
+    when the library does not load the folder, or names tensors that are missing or left over.
     """
     require_transformers()
     from transformers import AutoModelForCausalLM
@@ -88,7 +103,10 @@ def transformers_logits(folder: Path, tokens: Tensor, *, remote_code: bool = Fal
         if report.get(kind):
             first = sorted(report[kind], key=str)[0]
             raise UserError(f"{folder}: transformers reports {kind}: {first} ({len(report[kind])} such)")
-    logits: Tensor = model.float().eval()(input_ids=tokens, use_cache=False).logits
+    placed = {}
+    if positions is not None:  # with a mask, or gaps between positions would be taken for ends of packed documents
+        placed = {"position_ids": positions.expand_as(tokens), "attention_mask": torch.ones_like(tokens)}
+    logits: Tensor = model.float().eval()(input_ids=tokens, use_cache=False, **placed).logits
     return logits
 
 

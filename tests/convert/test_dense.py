@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,21 @@ def test_a_wrong_result_has_no_name(tmp_path: Path, check: Any, monkeypatch: pyt
     with pytest.raises(UserError, match=expected.replace("layers.1", "layers.0")):
         import_dense(tmp_path / "hf", tmp_path / "in", Options(check=check, say=str))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
+def test_the_check_sees_a_rotary_scaling_of_long_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factor 8 of long wavelengths written as 9: nothing in the first tokens tells."""
+    rope = {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
+    make(tmp_path / "hf", "llama", rope_parameters=rope, max_position_embeddings=65_536)
+    import_dense(tmp_path / "hf", tmp_path / "run", Options(say=str))
+    dense = sys.modules["megabts.convert.dense"]
+
+    def wrong(config: ModelConfig, dtype: str) -> dict[str, Any]:
+        return config_to_hf(replace(config, rope_scaling={**config.rope_scaling, "factor": 9.0}), dtype)
+
+    monkeypatch.setattr(dense, "config_to_hf", wrong)
+    with pytest.raises(UserError, match="does not compute the same"):
+        export_dense(tmp_path / "run", tmp_path / "out", Options(say=str))
 
 
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
