@@ -133,7 +133,7 @@ def test_logits_while_rows_come_and_go(method: str, monkeypatch: pytest.MonkeyPa
 def test_greedy_is_what_transformers_generates(penalty: float) -> None:
     """A tiny Llama, prompts of different lengths in one batch, with a repetition penalty too."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     reference: Any = LlamaForCausalLM(
         LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
     ).eval()
