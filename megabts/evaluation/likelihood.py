@@ -8,7 +8,7 @@ router as every evaluation window is, by its first `routing.max_tokens` tokens, 
 carries anything from one request to the next. A context cut on the left begins where it was cut.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,7 @@ def continuation_scores(
     eod_id: int | None = None,
     windows: bool = False,
     by_prompt: bool = False,
+    on_scored: Callable[[int], object] | None = None,
 ) -> list[Scored]:
     """Scores of (context, continuation) pairs, both of at least one token, in their order.
 
@@ -56,7 +57,8 @@ def continuation_scores(
     padded on the right, where nothing looks at them; pairs that differ in their last token alone share a row.
     `eod_id` ends documents, for models trained without attention across them. `windows`: the pairs are windows of
     longer texts. `by_prompt`: the model reads where a context ends (`Context.prompt_length`), so only contexts of one
-    length share a batch. The model must be in evaluation mode. Raises UserError for a continuation that does not fit.
+    length share a batch. `on_scored` is told of every batch's number of pairs. The model must be in evaluation mode.
+    Raises UserError for a continuation that does not fit.
     """
     assert all(context and continuation for context, continuation in pairs)
     scores: list[Scored | None] = [None] * len(pairs)
@@ -71,6 +73,8 @@ def continuation_scores(
                 size = len(continuation)
                 total = known[-size:].gather(-1, ids.unsqueeze(-1)).sum().item()
                 scores[number] = Scored(total, bool((greedy[-size:] == ids).all()))
+        if on_scored is not None:
+            on_scored(sum(len(row.wanted) for row in rows))
     return [score for score in scores if score is not None]
 
 

@@ -22,6 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from megabts.build import load_model, open_model
 from megabts.config.run import ParallelConfig
@@ -173,15 +174,17 @@ class MegabtsLM(TemplateLM):
                 raise UserError(f"{text!r} leaves nothing to score or to condition on in tokens of {self.plain.name}")
         cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         self._tell_of_cut(cut, len(requests), f"{self.max_length} tokens")
-        scores = continuation_scores(
-            self.model,
-            [(context, continuation) for _, context, continuation in requests],
-            max_length=self.max_length,
-            batch_size=self.batch_size,
-            eod_id=self.plain.eod_id,
-            windows=windows,
-            by_prompt=self.method == "routing",
-        )
+        with self._bar(len(requests), "log-likelihoods") as bar:
+            scores = continuation_scores(
+                self.model,
+                [(context, continuation) for _, context, continuation in requests],
+                max_length=self.max_length,
+                batch_size=self.batch_size,
+                eod_id=self.plain.eod_id,
+                windows=windows,
+                by_prompt=self.method == "routing",
+                on_scored=bar.update,
+            )
         return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -227,10 +230,11 @@ class MegabtsLM(TemplateLM):
         if self.parts.rank > 0:
             follow(self.model, max_tokens, self.parts)
         else:
-            with Engine(self.model, self.batch_size, max_tokens, tokenizer=self.plain, mesh=self.parts) as engine:
+            engine = Engine(self.model, self.batch_size, max_tokens, tokenizer=self.plain, mesh=self.parts)
+            with engine, self._bar(len(asked), "completions") as bar:
                 rows = [engine.submit(request) for request in asked]
                 while engine.busy:
-                    engine.step()
+                    bar.update(sum(event.finish is not None for event in engine.step()))
             texts = [row.text for row in rows]
         return broadcast_object(texts) if self.parts.world_size > 1 else texts
 
@@ -254,6 +258,10 @@ class MegabtsLM(TemplateLM):
             eod_id=self.plain.eod_id,
             num_ids=self.plain.vocab_size,
         )
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        """Progress on stderr, by the first rank."""
+        return tqdm(total=total, desc=what, disable=self.mesh.rank > 0)
 
     def _tell_of_cut(self, cut: int, total: int, room: str) -> None:
         if cut and self.mesh.rank == 0:

@@ -3,7 +3,6 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ def golden_tasks(folder: Path) -> Path:
     return folder
 
 
-def make_hf(folder: Path, **sizes: Any) -> Path:
+def make_hf(folder: Path, seed: int = 0) -> Path:
     """A random Llama with a byte-level BPE tokenizer that begins every text with a token of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -44,7 +43,7 @@ def make_hf(folder: Path, **sizes: Any) -> Path:
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=48,
@@ -56,7 +55,6 @@ def make_hf(folder: Path, **sizes: Any) -> Path:
         initializer_range=0.3,
         bos_token_id=tokenizer.token_to_id("<s>"),
         eos_token_id=tokenizer.token_to_id("</s>"),
-        **sizes,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():  # it never writes its special tokens, whose text the harness' own model leaves out

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from megabts.convert.bts import export_bts
 from megabts.errors import UsageError, UserError
+from tests.convert.stitched import QUIET, stitched
 from tests.evaluation.harness import GOLDEN_TASKS, LOCAL, golden_tasks, make_hf
 from tests.train.runs import ROOT, environment
 
@@ -22,15 +24,23 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_hf(tmp_path_factory.mktemp("models") / "hf")
 
 
-@pytest.fixture(scope="module")
-def both(hf: Path) -> tuple[Any, Any]:
-    """The harness' model of a folder, and megabts'."""
+@pytest.fixture(scope="module", params=["dense", "bts"])
+def both(hf: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The harness' model of a Hugging Face folder, and megabts' of the same weights: the folder itself, or the
+    checkpoint that it was exported from."""
     from lm_eval.models.huggingface import HFLM
 
     from megabts.evaluation.lm_eval_model import MegabtsLM
 
-    theirs = HFLM(pretrained=str(hf), device="cpu", dtype="float32", batch_size=3)
-    return theirs, MegabtsLM(str(hf), "float32", 3)
+    checkpoint = folder = hf
+    if request.param == "bts":
+        root = tmp_path_factory.mktemp("bts")
+        experts = {name: str(make_hf(root / name, seed)) for seed, name in enumerate(("code", "math"), 1)}
+        checkpoint, folder = stitched(root, {"hub": str(hf), **experts}, num_stitch_layers=2), root / "hf"
+        export_bts(checkpoint, folder, QUIET)
+    settings = {"device": "cpu", "dtype": "float32", "batch_size": 3, "tokenizer": str(hf)}
+    theirs = HFLM(pretrained=str(folder), trust_remote_code=True, **settings)
+    return theirs, MegabtsLM(str(checkpoint), **settings)
 
 
 def requests(kind: str, *args: tuple[Any, ...]) -> list[Any]:
@@ -130,7 +140,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> int:
 def test_the_tool(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """From another folder, by file: relative data files are found; table and JSON say the same."""
     monkeypatch.chdir(tmp_path)
-    more = ["--limit", "2", "--shots", "0", "--dtype", "float32", "--json", tmp_path / "results.json"]
+    more: list[str | Path] = ["--limit", "2", "--shots", "0", "--dtype", "float32", "--json", tmp_path / "results.json"]
     assert evaluate(monkeypatch, "--checkpoint", hf, "--tasks", LOCAL / "local.yaml", *more) == 0
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())

@@ -64,7 +64,7 @@ def brute_force(prefix: str, model: Model, *, mask_eod: bool = False) -> tuple[f
     for begin in range(0, (len(tokens) - 1) // SEQ * SEQ, SEQ):
         inputs = torch.from_numpy(tokens[begin : begin + SEQ])[None]
         context = make_context(model.config, torch.arange(SEQ), model.dtype)
-        logits = model.logits(model.run_layers(0, SIZES.num_layers, model.embed(inputs), context))[0]
+        logits = model.logits(model.run_layers(0, SIZES.num_layers, model.embed(inputs), context), context)[0]
         scores = torch.log_softmax(logits.double(), -1)
         for position in range(SEQ):
             if not (mask_eod and tokens[begin + position] == EOD):
