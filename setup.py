@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 TRANSFORMERS = "transformers>=4.51"
 EVAL = "lm_eval[hf]>=0.4.9"
 SERVE = ["fastapi", "uvicorn", "prometheus_client"]
-TEST = ["pytest", "pytest-timeout", "hypothesis", TRANSFORMERS, EVAL, *SERVE, "openai", "playwright"]
+TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", TRANSFORMERS, EVAL, *SERVE, "openai", "playwright"]
 
 setup(
     name="megabts",

@@ -1,5 +1,7 @@
-"""What every test shares: hypothesis without deadlines, which would measure the machine's load and not the code."""
+"""What every test shares: hypothesis without deadlines, which would measure the machine's load and not the code; and a
+core of its own for each of several workers (pytest-xdist), which the ranks that a test starts inherit."""
 
+import os
 import signal
 
 from hypothesis import settings
@@ -14,3 +16,7 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})

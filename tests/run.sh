@@ -23,4 +23,10 @@ else
     command -v make >/dev/null || environment_fail "make not found: install it (Debian: apt-get install make)"
     make --no-print-directory lint PYTHON=python3
 fi
-exec python3 -m pytest -ra "$@"
+if [ $# -gt 0 ] || ! python3 -c 'import xdist' 2>/dev/null; then exec python3 -m pytest -ra "$@"; fi
+
+# All of them: first side by side, a worker on each core; then, by themselves, those that measure time or take all cores.
+code=0
+python3 -m pytest -ra -n logical --maxprocesses 8 --dist loadfile -m "not alone" || code=$?
+python3 -m pytest -ra -m alone || code=$?
+exit $code

@@ -14,9 +14,8 @@ from tests.slurm.cluster import Cluster, missing_programs
 from tests.train.runs import ROOT, SETTINGS, arguments, curve, environment, error_lines, last_hashes, make_data, train
 
 MISSING = missing_programs()
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"SLURM is not installed ({', '.join(MISSING)}): bash tests/run.sh --with-slurm"
-)
+REASON = f"SLURM is not installed ({', '.join(MISSING)}): bash tests/run.sh --with-slurm"
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(MISSING), reason=REASON)]
 TRAIN = str(ROOT / "examples/slurm/train.sbatch")
 BRANCH = str(ROOT / "examples/slurm/branch_array.sbatch")
 SMALL = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=5")

@@ -14,6 +14,8 @@ from megabts.experiment.quickstart import DENSE_RATES, Quickstart, open_quicksta
 from megabts.experiment.recipe import Mixtures, find_corpora
 from megabts.experiment.results import checks, oracle_average
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -19,6 +19,8 @@ from megabts.runtime.progress import Progress, Sampler, is_waiting, where
 from megabts.runtime.rendezvous import Identity, meet
 from megabts.runtime.verdict import PATIENCE, Beat, StragglerWatch, find_hang
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 WAITS = Beat(9, 17, 2, "the gradient sum", True, "a.py:1 f", 12.0, 0.0, 0.0, True, "")
 WORKS = dataclasses.replace(WAITS, moves=1, phase="forward", waiting=False)

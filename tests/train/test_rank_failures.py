@@ -41,6 +41,8 @@ from tests.train.runs import (
     wait_for_steps,
 )
 
+pytestmark = pytest.mark.alone
+
 Blend = dict[str, float]
 
 MISBEHAVES = f"""
