@@ -111,7 +111,7 @@ def test_logits_while_rows_come_and_go(method: str, monkeypatch: pytest.MonkeyPa
 
     def keep(logits: torch.Tensor, rows: list[Completion]) -> list[Event]:
         for scores, row in zip(logits, rows, strict=True):
-            seen[(*row.request.prompt, *row.tokens)] = scores.clone()
+            seen[tuple(list(row.request.prompt) + row.tokens)] = scores.clone()
         return choose(logits, rows)
 
     monkeypatch.setattr(engine_module, "choose", keep)
@@ -124,7 +124,7 @@ def test_logits_while_rows_come_and_go(method: str, monkeypatch: pytest.MonkeyPa
             prompt, tokens = list(row.request.prompt), row.tokens
             whole = score(model, prompt + tokens[:-1], EOD, len(prompt))
             for step in range(len(tokens)):
-                scores = seen[(*prompt, *tokens[:step])]
+                scores = seen[tuple(prompt + tokens[:step])]
                 expected = whole[len(prompt) - 1 + step]
                 assert float((scores - expected).abs().max() / expected.abs().max()) < 1e-5
 
