@@ -10,7 +10,14 @@ from torch import Tensor
 
 from megabts.config.model import ModelConfig
 from megabts.convert.options import Options
-from megabts.convert.verify import check_logits, check_tensors, checkpoint_logits, fixed_tokens, transformers_logits
+from megabts.convert.verify import (
+    check_logits,
+    check_tensors,
+    checkpoint_logits,
+    fixed_tokens,
+    spread_positions,
+    transformers_logits,
+)
 from megabts.errors import UserError
 
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -48,6 +55,7 @@ def check_export(
         expected = ((name, tensor.to(options.dtype or tensor.dtype)) for name, tensor in tensors())
         check_tensors(expected, stored_tensors(folder, [name for name, _ in tensors()]), out, options.say)
         return
-    tokens = fixed_tokens(model)
-    ours = checkpoint_logits(checkpoint, tokens, dtype)
-    check_logits(ours, transformers_logits(folder, tokens, remote_code=remote_code), out, options.say)
+    tokens, places = fixed_tokens(model), spread_positions(model)
+    ours = checkpoint_logits(checkpoint, tokens, dtype, places)
+    theirs = transformers_logits(folder, tokens, remote_code=remote_code, positions=places)
+    check_logits(ours, theirs, out, options.say)

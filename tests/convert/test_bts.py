@@ -198,6 +198,8 @@ def test_what_the_user_is_told(tmp_path: Path) -> None:
     tokens = torch.tensor([[1, 2, 3]])
     with pytest.raises(ValueError, match="a StaticCache cannot hold the members' states; use a DynamicCache"):
         model(input_ids=tokens, past_key_values=StaticCache(config=model.config, max_cache_len=8))
+    with pytest.raises(ValueError, match="the members' vocabularies cannot be resized"):
+        model.resize_token_embeddings(80)
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, 3\]"):
         model(input_ids=tokens, attention_mask=torch.ones(1, 2))
 

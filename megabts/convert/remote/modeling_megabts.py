@@ -83,7 +83,7 @@ class MegaBTSForCausalLM(PreTrainedModel, GenerationMixin):
         """None: heads are their members' own."""
         return
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError: members' vocabularies are fixed."""
         raise ValueError("the members' vocabularies cannot be resized; resize each member and stitch them anew")
 
