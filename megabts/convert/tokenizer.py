@@ -67,7 +67,11 @@ def _with_config(files: dict[str, bytes], tokenizer: Tokenizer) -> dict[str, byt
         given = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     except ValueError as error:
         raise UserError(f"{TOKENIZER_CONFIG} of tokenizer {tokenizer.name} is not JSON; copy it again") from error
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # or generate(**tokenizer(text)) is refused
+    }
     for role, token_id in (("eos_token", tokenizer.eod_id), ("pad_token", tokenizer.pad_id)):
         if token_id is not None:
             config[role] = library.id_to_token(token_id)

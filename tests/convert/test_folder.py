@@ -104,6 +104,7 @@ def test_tokenizers_give_the_same_ids_in_transformers(tmp_path: Path) -> None:
         write_hf_folder(tmp_path / f"out{number}", {"model_type": "llama"}, tensors(), Options(), tokenizer=found)
         theirs = AutoTokenizer.from_pretrained(tmp_path / f"out{number}")
         assert theirs.eos_token_id == ours.eod_id, kind
+        assert theirs(TEXTS[0]).keys() == {"input_ids", "attention_mask"}, "what a model's generate takes"
         for text in [*TEXTS, "  x  \t\n y", "\n", "unseen \u00df \u0928\u092e\u0938\u094d\u0924\u0947"]:
             ids = theirs(text, add_special_tokens=False).input_ids
             assert ids == ours.encode(text), (kind, text)
