@@ -3,7 +3,7 @@
 python tools/serve.py --checkpoint runs/stitch
 torchrun --nproc-per-node 2 tools/serve.py --checkpoint runs/stitch --parallel.tensor 2
 
-Requests share one batch, which they join and leave at any token. SIGTERM lets those in progress finish for 4 seconds
+Requests share one batch, which they join and leave at any token. SIGTERM lets those in progress finish for 3 seconds
 and ends with exit code 0. docs/serving.md describes the interface and its limits.
 """
 

@@ -25,7 +25,7 @@ class Limits:
     body_bytes: int = 4 * 2**20
     read_seconds: float = 10.0
     """From a connection's or request's first byte to its last."""
-    drain_seconds: float = 4.0
+    drain_seconds: float = 3.5
     """What requests in progress have left when the server is told to stop."""
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -93,6 +94,7 @@ def serve(
     `mesh`: of several ranks that hold the model; this is the first, the others are in `inference.ranks.follow`.
     """
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    gc.freeze()  # what was loaded stays: neither collections between requests nor the end need look at it
     limits = served.limits
     service = Service(served, mesh=mesh, progress=progress)
     protocol = type("Protocol", (TimedProtocol,), {"read_seconds": limits.read_seconds})

@@ -52,7 +52,7 @@ class ServerProcess:
         text = answer.read()
         connection.close()
         kind = answer.getheader("Content-Type") or ""
-        return answer.status, json.loads(text) if "json" in kind else text.decode(), dict(answer.getheaders())
+        return answer.status, json.loads(text) if "json" in kind else text.decode(), {name.lower(): value for name, value in answer.getheaders()}
 
     def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
         """The answer to a request for a greedy completion."""
