@@ -38,7 +38,7 @@ def both(hf: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         experts = {name: str(make_hf(root / name, seed)) for seed, name in enumerate(("code", "math"), 1)}
         checkpoint, folder = stitched(root, {"hub": str(hf), **experts}, num_stitch_layers=2), root / "hf"
         export_bts(checkpoint, folder, QUIET)
-    settings = {"device": "cpu", "dtype": "float32", "batch_size": 3, "tokenizer": str(hf)}
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 3, "tokenizer": str(hf)}
     theirs = HFLM(pretrained=str(folder), trust_remote_code=True, **settings)
     return theirs, MegabtsLM(str(checkpoint), **settings)
 
