@@ -58,7 +58,7 @@ def main() -> None:
     draw_gates(trace, args.out)
     if args.json:
         write_trace(trace, args.json)
-    print(f"wrote {args.out}: {len(trace.tokens)} tokens, {len(trace.layers)} stitch layers")
+    print(f"wrote {args.out}; tokens: {len(trace.tokens)}, stitch layers: {len(trace.layers)}")
 
 
 def read_part(file: Path) -> str:

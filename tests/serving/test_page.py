@@ -99,12 +99,16 @@ def test_every_token_has_its_member_s_colour_in_the_chosen_layer(visit: Open, fa
     for layer in (1, 0):
         page.select_option("#layer", str(layer))
         assert members_of(page) == [leader(place, layer, []) for place in places]
-        styles = tokens.evaluate_all("all => all.map(one => [one.style.backgroundColor, one.style.textDecorationStyle])")
+        styles = tokens.evaluate_all(
+            "all => all.map(one => [one.style.backgroundColor, one.style.textDecorationStyle])"
+        )
         by_member = dict(zip(members_of(page), (tuple(style) for style in styles), strict=True))
         assert len({style for _, style in by_member.values()}) == len(by_member)
         seen.append(set(by_member))
     assert seen == [set(MEMBERS), {"code"}]
-    expect(page.locator("article .note").first).to_contain_text(f"share of {len(WORDS + ANSWER)} tokens: hub 0 %, code 100 %")
+    expect(page.locator("article .note").first).to_contain_text(
+        f"share of {len(WORDS + ANSWER)} tokens: hub 0 %, code 100 %"
+    )
 
 
 def test_what_a_model_writes_is_text_and_never_markup(visit: Open, fake: FakeServer) -> None:
@@ -130,8 +134,10 @@ def test_an_expert_is_switched_off_and_both_answers_are_shown(visit: Open, fake:
     assert texts[0] == PROMPT + "".join(WITHOUT)
     assert texts[1].startswith(PROMPT + ANSWER[0])
     assert members_of(page)[:3] == ["hub", "math", "hub"]
-    colours = page.locator("article").first.locator(".tokens > span").evaluate_all(
-        "all => all.slice(0, 2).map(one => one.style.textDecorationColor)"
+    colours = (
+        page.locator("article")
+        .first.locator(".tokens > span")
+        .evaluate_all("all => all.slice(0, 2).map(one => one.style.textDecorationColor)")
     )
     assert colours == ["rgb(0, 114, 178)", "rgb(0, 158, 115)"]  # the hub's and math's, as with all experts
     page.click("#go")
@@ -171,7 +177,10 @@ def test_all_of_it_by_keyboard(visit: Open, fake: FakeServer) -> None:
 
 
 FAILURES = [
-    ("busy", "The server is busy: 5 completions run or wait, and the server takes 4; try again. It may be free in 3 s."),
+    (
+        "busy",
+        "The server is busy: 5 completions run or wait, and the server takes 4; try again. It may be free in 3 s.",
+    ),
     ("long", "The prompt has 900 tokens, the server takes 512; shorten it."),
     ("failed", "The server failed: The model failed and the server ends; its log says why."),
     ("broken", "The server is shutting down."),
