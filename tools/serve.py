@@ -1,13 +1,14 @@
 """Serve a model over HTTP with an OpenAI-compatible interface: a checkpoint of any method, or a Hugging Face folder.
 
 python tools/serve.py --checkpoint runs/stitch
-torchrun --nproc-per-node 2 tools/serve.py --checkpoint runs/stitch --parallel.tensor 2
+python -m megabts.runtime.torchrun --nproc-per-node 2 tools/serve.py --checkpoint runs/stitch --parallel.tensor 2
 
 Requests share one batch, which they join and leave at any token. SIGTERM lets those in progress finish for 3 seconds
 and ends with exit code 0. docs/serving.md describes the interface and its limits.
 """
 
 import argparse
+import os
 import signal
 import socket
 from functools import partial
@@ -43,12 +44,25 @@ def parse_args() -> argparse.Namespace:
     parallel = parser.add_argument_group("several ranks (torchrun) that hold the model together")
     parallel.add_argument("--parallel.tensor", dest="tensor", type=int, default=1, metavar="N", help="default: 1")
     parallel.add_argument("--parallel.expert", dest="expert", type=int, default=1, metavar="N", help="default: 1")
+    parallel.add_argument(
+        "--parallel.timeout", dest="timeout", type=int, default=300, metavar="N", help="seconds without progress"
+    )
     args = parser.parse_args()
     least = {"queue": 0, "port": 0}
-    for flag in ("port", "max_rows", "max_tokens", "queue", "max_prompt_tokens", "max_new_tokens", "tensor", "expert"):
+    for flag in (
+        "port",
+        "max_rows",
+        "max_tokens",
+        "queue",
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "tensor",
+        "expert",
+        "timeout",
+    ):
         value = getattr(args, flag)
         if value is not None and value < least.get(flag, 1):
-            name = f"parallel.{flag}" if flag in ("tensor", "expert") else flag.replace("_", "-")
+            name = f"parallel.{flag}" if flag in ("tensor", "expert", "timeout") else flag.replace("_", "-")
             raise UsageError(f"--{name} is {value}; it must be at least {least.get(flag, 1)}")
     if args.port > MAX_PORT:
         raise UsageError(f"--port is {args.port}; ports end at {MAX_PORT}")
@@ -64,6 +78,8 @@ def main() -> None:
     key = read_key(args.api_key, args.api_key_file)
     with told_once():
         run(args, key)
+    if "LAUNCH_EXIT_CODE" in os.environ:  # megabts.runtime.torchrun: after a signal torchrun does not know it
+        Path(os.environ["LAUNCH_EXIT_CODE"]).write_text("0")
 
 
 def require_extra() -> None:
@@ -91,14 +107,16 @@ def read_key(key: str, file: Path | None) -> str:
 
 def run(args: argparse.Namespace, key: str) -> None:
     """On every rank: load its part of the model, then serve or follow."""
+    from megabts.config.run import ParallelConfig
+    from megabts.inference.launch import join
     from megabts.inference.ranks import follow
     from megabts.runtime.device import stop_communication
     from megabts.runtime.watchdog import watched
-    from megabts.serving.load import Source, join, load_served
+    from megabts.serving.load import Source, load_served
     from megabts.serving.server import open_socket, serve
 
-    place = join(args.tensor, args.expert)
-    listener = open_socket(args.host, args.port) if place.first else None
+    place = join(ParallelConfig(tensor=args.tensor, expert=args.expert, timeout=args.timeout))
+    listener = open_socket(args.host, args.port) if place.mesh.rank == 0 else None
     served, mesh = load_served(
         Source(args.checkpoint, args.name or "", args.tokenizer, args.special_tokens, args.dtype, args.without),
         place,

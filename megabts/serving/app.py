@@ -1,7 +1,7 @@
 """The routes: OpenAI's completions, chat completions and models; health, metrics, and the page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -89,7 +89,7 @@ async def _streamed(request: Request, service: Service, kind: Kind, asked: Asked
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-async def _chunks(service: Service, kind: Kind, asked: Asked) -> AsyncIterator[list[dict[str, Any]]]:
+async def _chunks(service: Service, kind: Kind, asked: Asked) -> AsyncGenerator[list[dict[str, Any]], None]:
     """Lists of chunks, the first with the first token."""
     answer = Answer(kind, asked, service.served)
     begun = answer.opening()

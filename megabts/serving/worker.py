@@ -73,7 +73,8 @@ class _Batch:
     def step(self, metrics: Metrics) -> list[tuple[Job, Update]]:
         """One token for every row."""
         self.used = time.monotonic()
-        events, now, told = self.engine.step(), time.perf_counter(), []
+        events, now = self.engine.step(), time.perf_counter()
+        told: list[tuple[Job, Update]] = []
         for event in events:
             place = self.places[event.id]
             if place.last is None:

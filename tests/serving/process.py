@@ -17,9 +17,20 @@ ROOT = Path(__file__).parents[2]
 class ServerProcess:
     """A server at a free port; in a `with` block it is ended like a service manager ends it."""
 
-    def __init__(self, checkpoint: Path, *arguments: str, key: str = "") -> None:
+    def __init__(self, checkpoint: Path, *arguments: str, key: str = "", ranks: int = 1) -> None:
         self.key = key
-        command = [sys.executable, str(ROOT / "tools" / "serve.py"), "--checkpoint", str(checkpoint), "--port", "0"]
+        launcher = (
+            ["-m", "megabts.runtime.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        )
+        command = [
+            sys.executable,
+            *launcher,
+            str(ROOT / "tools" / "serve.py"),
+            "--checkpoint",
+            str(checkpoint),
+            "--port",
+            "0",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -52,7 +63,11 @@ class ServerProcess:
         text = answer.read()
         connection.close()
         kind = answer.getheader("Content-Type") or ""
-        return answer.status, json.loads(text) if "json" in kind else text.decode(), {name.lower(): value for name, value in answer.getheaders()}
+        return (
+            answer.status,
+            json.loads(text) if "json" in kind else text.decode(),
+            {name.lower(): value for name, value in answer.getheaders()},
+        )
 
     def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
         """The answer to a request for a greedy completion."""

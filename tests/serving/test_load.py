@@ -76,6 +76,7 @@ def slow_clients(server: ServerProcess, stop: threading.Event, count: int) -> li
         return list(pool.map(client, range(count)))
 
 
+@pytest.mark.alone
 def test_slow_clients_hold_nobody_up(server: ServerProcess) -> None:
     def usual() -> float:
         seconds = []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.inference.test_row_gates import flat
 from tests.serving.process import ROOT, ServerProcess
 from tests.serving.tiny import SIZES, write_dense, write_stitched
 
@@ -64,6 +65,7 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(checkpoint: Path) -> None
         assert (server.process.returncode, error) == (0, "")
 
 
+@pytest.mark.alone
 def test_what_takes_too_long_is_cut_when_the_server_ends(long_model: Path) -> None:
     with ServerProcess(long_model, "--max-rows", "2", "--queue", "1") as server:
         assert "serving run (dense) at http://127.0.0.1:" in server.line  # the run's name, not the checkpoint's
@@ -82,6 +84,32 @@ def test_what_takes_too_long_is_cut_when_the_server_ends(long_model: Path) -> No
         print(f"\nended {seconds:.2f} s after the signal")
         assert (server.process.returncode, error) == (0, "")
         assert 2.5 < seconds < 5
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("axis", ["tensor", "expert"])
+def test_two_ranks_answer_as_one(server: ServerProcess, checkpoint: Path, axis: str) -> None:
+    asked = {"max_tokens": 12, "gates": True}
+    expected = server.complete("def add(a, b):", **asked)["choices"][0]
+    with ServerProcess(checkpoint, f"--parallel.{axis}", "2", ranks=2) as pair:
+        time.sleep(6)  # longer than a heartbeat
+        found = pair.complete("def add(a, b):", **asked)["choices"][0]
+        assert found["text"] == expected["text"]
+        for one, two in zip(found["tokens"], expected["tokens"], strict=True):
+            assert flat(one["gates"]) == pytest.approx(flat(two["gates"]), abs=1e-3)
+        status, content, _ = pair.ask("/v1/completions", {"prompt": "a", "without": ["code"]})
+        assert (status, content["error"]["param"]) == (400, "without")
+        ranks = children(pair.process.pid)
+        assert len(ranks) == 2
+        code, error, _ = pair.end()
+        assert code == 0
+        assert "Traceback" not in error
+        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_it_listens_on_this_machine_alone(server: ServerProcess) -> None:
