@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -35,6 +36,13 @@ MAX_LABELLED = 72
 """With more tokens than this their numbers stand at the axis, and not their texts."""
 LABEL_LETTERS = 14
 INCHES_A_TOKEN, NARROWEST, WIDEST, PANEL_HEIGHT = 0.17, 6.0, 14.0, 2.1
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+}
 MARKS = {"\n": "↵", "\t": "⇥", " ": "·"}
 
 
@@ -77,11 +85,12 @@ def trace_gates(model: BTSModel, tokenizer: Tokenizer, parts: Sequence[str]) -> 
             score(model, ids, tokenizer.eod_id)
     finally:
         model.train(was_training)
-    values = []
+    values: list[list[list[float | None]]] = []
     for index, point in enumerate(model.plan):
         (gates,) = record.layers[index]  # [members gated, s, 1]
-        rows: list[list[float | None]] = [[round(value, 6) for value in row] for row in gates[:, :, 0].tolist()]
-        values.append(rows if point.kind == "experts_into_hub" else [[None] * len(ids), *rows])
+        rows = [[round(value, 6) for value in row] for row in gates[:, :, 0].tolist()]
+        hub: list[list[float | None]] = [] if point.kind == "experts_into_hub" else [[None] * len(ids)]
+        values.append([*hub, *rows])
     starts = [sum(map(len, encoded[:number])) for number in range(1, len(encoded))]
     names = [f"layer {point.after}, {KINDS[point.kind]}" for point in model.plan]
     stream = TextStream(tokenizer, [])
@@ -129,8 +138,7 @@ def draw_gates(trace: GateTrace, path: Path) -> None:
     num_tokens, num_panels = len(trace.tokens), len(trace.layers)
     labelled = num_tokens <= MAX_LABELLED
     width = min(max(1.2 + INCHES_A_TOKEN * num_tokens, NARROWEST), WIDEST)
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "text.parse_math": False}
-    with matplotlib.rc_context({**style, "svg.fonttype": "none"}):
+    with matplotlib.rc_context(STYLE):
         size = (width, PANEL_HEIGHT * num_panels + (0.9 if labelled else 0.4))
         figure = Figure(figsize=size, layout="constrained", dpi=110)
         panels = figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0]

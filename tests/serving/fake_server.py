@@ -1,12 +1,11 @@
 """A server that the page can talk to: the interface's answers, made up, without a model.
 
-What happens depends on the prompt: "busy", "long", "failed", "broken", "cut" fail in their ways, "slow" goes on until the
-client leaves. Everything else is read as words, each a token, and answered with ANSWER, or WITHOUT where experts are
-left out.
+What happens depends on the prompt: "busy", "long", "failed", "broken", "cut" fail in their ways, "slow" goes on until
+the client leaves. Everything else is read as words, each a token, and answered with ANSWER, or WITHOUT where experts
+are left out.
 """
 
 import json
-import re
 import re
 import threading
 import time

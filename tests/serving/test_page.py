@@ -283,10 +283,10 @@ def test_context_switches_are_marked_in_text_and_plot(visit: Open, fake: FakeSer
     assert set(page.locator("svg text").all_text_contents()) >= {"part 2", "answer", "hub", "code", "math", "mean gate"}
 
 
-def saved(page: "playwright.Page", kind: str) -> str:
+def saved(page: "playwright.Page", kind: str, model: str = "made-up") -> str:
     with page.expect_download() as waiting:
         page.get_by_role("button", name=f"Download {kind}").click()
-    assert waiting.value.suggested_filename == f"made-up.{kind.lower()}"
+    assert waiting.value.suggested_filename == f"{model}.{kind.lower()}"
     return Path(waiting.value.path()).read_text("utf-8")
 
 
@@ -360,13 +360,13 @@ def test_on_the_real_server(visit: Open, server: ServerProcess) -> None:
     generate(page, "def f(é):", "1 + 1 =")
     answer = server.complete("def f(é):\n\n1 + 1 =", max_tokens=12, gates=True)["choices"][0]
     assert page.locator("#spoken").text_content() == answer["text"]
-    members = [["hub", "code", "math"][max(range(3), key=token["gates"][-1].__getitem__)] for token in answer["tokens"]]
-    shown = page.locator(".tokens > b").last.evaluate(
-        "one => { const all = []; while (one = one.nextElementSibling) all.push(one.dataset.member); return all; }"
-    )
-    assert [member for member in shown if member] and len(shown) <= 12
-    if all(token["text"].isprintable() for token in answer["tokens"]):
-        assert shown == members
+    content = json.loads(saved(page, "JSON", "tiny"))
+    told = [*answer["prompt_tokens"], *answer["tokens"]]
+    assert [token["gates"] for token in content["tokens"]] == [token["gates"] for token in told]
+    assert [token["part"] for token in content["tokens"]].count("answer") == len(answer["tokens"])
+    prompt = [token for token in content["tokens"] if token["part"] == "prompt"]
+    assert "".join(token["text"] for token in prompt) == "def f(é):\n\n1 + 1 ="
+    assert [token["segment"] for token in prompt] == [0] * 12 + [1] * 7
     page.get_by_role("switch", name="math").click()
     expect(page.locator("article")).to_have_count(2)
     expect(page.locator("#status")).to_contain_text("Done")
