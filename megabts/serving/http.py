@@ -160,6 +160,8 @@ class Guard:
         finally:
             reading.cancel()
             ending.cancel()
+        if self.service.ended.is_set():
+            raise self.service.why()
         message = f"the request's body did not come within {self.limits.read_seconds:g} s"
         raise ApiError(408, message, None, "too_slow", CLOSE)
 

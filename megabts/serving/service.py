@@ -60,7 +60,7 @@ class Service:
         """
         limits, taken = self.served.limits, sum(call.open for call in self._calls.values())
         if self.worker.failure is not None or self.ended.is_set():
-            raise self._why()
+            raise self.why()
         if taken + len(asked.rows) > limits.max_rows + limits.queue:
             raise ApiError(
                 429,
@@ -83,9 +83,10 @@ class Service:
         """End the requests in progress with an error."""
         self.ended.set()
         for call in self._calls.values():
-            call.updates.put_nowait(self._why())
+            call.updates.put_nowait(self.why())
 
-    def _why(self) -> ApiError:
+    def why(self) -> ApiError:
+        """Why no request is answered any more."""
         if self.worker.failure is not None:
             return ApiError(500, "the model failed and the server ends; its log says why", None, "engine_failed")
         return ApiError(503, "the server is shutting down", None, "shutting_down", {"Retry-After": "5"})

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from megabts.bts.model import BTSModel
+from megabts.errors import UserError
 from megabts.inference.engine import Engine
 from megabts.inference.rows import Completion, Event, Request
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.progress import Progress
-from megabts.serving.errors import ApiError
+from megabts.serving.errors import ApiError, refuse
 from megabts.serving.metrics import Metrics
 from megabts.serving.served import Served
 from megabts.serving.variants import without_experts
@@ -176,12 +179,12 @@ class Worker:
     def _submit(self, job: Job) -> None:
         try:
             batch = self._batch(job.without)
-        except ApiError as error:
-            self._tell([(job, error)])
-            return
-        for index, request in enumerate(job.rows):
-            completion = batch.engine.submit(request)
-            batch.places[completion.id] = _Place(job, index, completion)
+            for index, request in enumerate(job.rows):
+                completion = batch.engine.submit(request)
+                batch.places[completion.id] = _Place(job, index, completion)
+        except (ApiError, UserError) as error:
+            self._cancel(job)
+            self._tell([(job, error if isinstance(error, ApiError) else refuse(str(error)))])
 
     def _cancel(self, job: Job) -> None:
         batch = self._batches.get(job.without)
@@ -209,6 +212,9 @@ class Worker:
             served = self.served
             assert isinstance(served.model, BTSModel)
             model = without_experts(served.model, sorted(without))
-            engine = Engine(model, served.limits.max_rows, served.room(True), tokenizer=served.tokenizer)
+            try:
+                engine = Engine(model, served.limits.max_rows, served.room(True), tokenizer=served.tokenizer)
+            except torch.OutOfMemoryError:
+                raise ApiError(503, "there is no memory for caches without these experts", "without") from None
             self._batches[without] = _Batch(engine)
         return self._batches[without]
