@@ -221,6 +221,7 @@ def test_stop_ends_the_request_and_keeps_what_came(visit: Open, fake: FakeServer
     page.click("#go")
     expect(page.locator(".tokens > span").nth(5)).to_be_attached()
     expect(page.locator("#status")).to_have_text("Generating.")
+    expect(page.locator(".tokens > span").nth(400)).to_be_in_viewport()  # the text follows its end
     page.click("#stop")
     expect(page.locator("#status")).to_contain_text("Stopped: ")
     assert fake.left.wait(5)
