@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megabts", "megabts.*"]),
-    package_data={"megabts.viz": ["templates/*"]},
+    package_data={"megabts.viz": ["templates/*"], "megabts.serving": ["static/*"]},
     install_requires=[
         "torch>=2.9",
         "numpy",

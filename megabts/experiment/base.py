@@ -62,6 +62,11 @@ class Experiment(ABC):
         """Folder of what depends on corpora and vocabulary alone: tokenizer and datasets."""
         return self.out
 
+    @property
+    def corpora_seed(self) -> int:
+        """Of the built-in corpora's generated problems."""
+        return self.seed
+
     def write_settings(self) -> None:
         """Record the settings in `out`; raises UserError when it holds an experiment with others."""
         path = self.out / SETTINGS
@@ -123,7 +128,7 @@ class Experiment(ABC):
         needs: tuple[str, ...] = ()
         stages = []
         if built_in:
-            arguments = ("--out", self.corpora, "--seed", str(self.seed))
+            arguments = ("--out", self.corpora, "--seed", str(self.corpora_seed))
             stages.append(data_stage(self, "corpora", "build the corpora", "build_corpora.py", *arguments))
             needs = ("corpora",)
         train: list[str | Path] = [self._file(domain, "train") for domain in self.domains]

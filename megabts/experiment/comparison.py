@@ -65,6 +65,11 @@ class Comparison(Experiment):
         return self.out.parent
 
     @property
+    def corpora_seed(self) -> int:
+        """The same whatever seeds are compared: one that is added, or left out, must find the others' data."""
+        return 0
+
+    @property
     def members(self) -> dict[str, Path]:
         """Folders of seed and experts, by name."""
         return {"seed": self.run_dir("seed"), **self.experts}

@@ -46,7 +46,7 @@ def all_stages(comparisons: Sequence[Comparison], *, built_in: bool) -> list[Sta
 def _cross_data(comparison: Comparison) -> list[Stage]:
     """The same math as the other corpora's, and after it programs with questions that it does not have."""
     corpora = comparison.data / "corpora-cross"
-    arguments = ("--out", corpora, "--seed", str(comparison.seed), *CROSS_MEGABYTES)
+    arguments = ("--out", corpora, "--seed", str(comparison.corpora_seed), *CROSS_MEGABYTES)
     made = data_stage(comparison, "corpora-cross", "build math in code", "build_corpora.py", *arguments)
     files = [corpora / CROSS / f"{split}.jsonl.gz" for split in SPLITS]
     pairs = zip(SPLITS, files, strict=True)

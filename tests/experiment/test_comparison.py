@@ -89,6 +89,14 @@ def test_seeds_and_studies_may_be_added_but_not_minutes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "seed0" / "experiment.json").read_text())["minutes"] == 60
 
 
+def test_data_are_those_of_any_seeds(tmp_path: Path) -> None:
+    def commands(*seeds: int) -> dict[str, list[str]]:
+        stages = all_stages([comparison(tmp_path, seed, ("cross-capability",)) for seed in seeds], built_in=True)
+        return {stage.name: stage.command for stage in stages if not stage.name.startswith("seed ")}
+
+    assert commands(0) == commands(1, 2)
+
+
 def test_what_tools_make_and_do_not_overwrite_is_told(tmp_path: Path) -> None:
     """Training goes on with its folder; what merge, upcycle and stitch make is made anew."""
     for stage in comparison(tmp_path, 0, STUDIES).stages():
