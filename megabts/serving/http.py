@@ -6,10 +6,12 @@ ASGI layer around the application: it reads every body whole, within a size and 
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import time
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -100,13 +102,17 @@ class TimedProtocol(H11Protocol):
 
 
 class Guard:
-    """The application behind limits; it gets requests whole. `api_key`: what paths below /v1/ need; "": nothing."""
+    """The application behind limits; it gets requests whole. `api_key`: what paths below /v1/ need; "": nothing.
 
-    def __init__(self, app: Any, service: Service, api_key: str = "") -> None:
+    `local`: answer only requests for this machine by its own names, see `is_local`.
+    """
+
+    def __init__(self, app: Any, service: Service, api_key: str = "", local: bool = False) -> None:
         self.app = app
         self.service = service
         self.limits = service.served.limits
         self._key = api_key.encode()
+        self._local = local
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request (or the server's start and end)."""
@@ -167,11 +173,17 @@ class Guard:
         raise ApiError(408, message, None, "too_slow", CLOSE)
 
     def _check(self, scope: Any, headers: dict[bytes, bytes], body: bytes) -> None:
-        """Raises ApiError for a wrong key, or a body that does not say that it is JSON.
+        """Raises ApiError for a wrong key, another host's name, or a body that does not say that it is JSON.
 
-        The second keeps pages of other sites from asking through their visitors' browsers, which may send nothing but
-        plain text and forms without asking first.
+        The last two keep pages of other sites from asking through their visitors' browsers: these may send nothing but
+        plain text and forms without asking first, and tell the name that the page came from.
         """
+        if self._local and not is_local(headers.get(b"host", b"localhost").decode("latin-1")):
+            raise ApiError(
+                403,
+                "without a key this server answers to localhost and to addresses alone, not to other names of this "
+                "machine; use one, or start it with --api-key-file",
+            )
         if self._key and scope["path"].startswith("/v1/"):
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._key):
@@ -193,6 +205,15 @@ class Guard:
             left -= len(message.get("body", b""))
             if not message.get("more_body"):
                 return
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header names this machine, or an address: what no other site's page can be called."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 async def _read(receive: Any, most: int) -> bytes | None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging
 import signal
 import socket
@@ -98,8 +99,9 @@ def serve(
     limits = served.limits
     service = Service(served, mesh=mesh, progress=progress)
     protocol = type("Protocol", (TimedProtocol,), {"read_seconds": limits.read_seconds})
+    local = not api_key and ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     config = uvicorn.Config(
-        Guard(make_app(service, ChatTemplate(served.tokenizer)), service, api_key),
+        Guard(make_app(service, ChatTemplate(served.tokenizer)), service, api_key, local),
         http=protocol,
         ws="none",
         lifespan="off",

@@ -165,7 +165,7 @@ BAD_ROUTES = (
     ("GET", "http://elsewhere.example/v1/other"),
 )
 GOOD = b'{"prompt": "a", "max_tokens": 1}'
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
 BAD_WIRE = (
     POST + b"Content-Length: -5\r\n\r\n" + GOOD,
     POST + b"Content-Length: abc\r\n\r\n" + GOOD,
@@ -180,14 +180,14 @@ BAD_WIRE = (
     POST + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"a":\r\n0\r\n\r\n',
     POST + b"\r\n",  # no length: an empty body
     b"POST /v1/completions HTTP/1.1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",  # no Host
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nHost: b\r\nContent-Length: 2\r\n\r\n{}",
-    b"POST /v1/completions HTTP/9.9\r\nHost: a\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nHost: b\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /v1/completions HTTP/9.9\r\nHost: localhost\r\n\r\n",
     b"POST /v1/completions\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\nbad header\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\nx: a\0b\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\n: x\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\nx: " + b"a" * 600_000 + b"\r\n\r\n",
-    b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nx: a\0b\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 600_000 + b"\r\n\r\n",
+    b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"\r\n\r\n\r\nhello\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 200 + b"\r\n\r\n",  # TLS
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -195,13 +195,13 @@ BAD_WIRE = (
     POST.replace(b"application/json", b"text/plain") + b"Content-Length: 32\r\n\r\n" + GOOD,
     POST.replace(b"application/json", b"multipart/form-data") + b"Content-Length: 32\r\n\r\n" + GOOD,
     POST.replace(b"Content-Type: application/json\r\n", b"") + b"Content-Length: 32\r\n\r\n" + GOOD,
-    b"CONNECT elsewhere.example:443 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    b"CONNECT elsewhere.example:443 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
 )
 
 
 def posted(path: str, body: bytes) -> bytes:
     """A request with this body."""
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
@@ -219,6 +219,9 @@ def malformed() -> Iterator[tuple[str, bytes]]:
     for number, content in enumerate(BAD_CHATS):
         yield f"bad chat {number}", posted("/v1/chat/completions", json.dumps(content).encode())
     for method, path in BAD_ROUTES:
-        yield f"{method} {path[:40]}", f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
+        yield (
+            f"{method} {path[:40]}",
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(),
+        )
     for number, wire in enumerate(BAD_WIRE):
         yield f"bad wire {number}", wire

@@ -15,7 +15,7 @@ from tests.serving.test_malformed import check_error
 
 CLIENTS = 32
 PROMPTS = [f"{'line ' * (number % 5)}number {number} of" for number in range(CLIENTS)]
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def answers_under_load(server: ServerProcess, requests_each: int, max_tokens: int) -> list[float]:
