@@ -20,9 +20,9 @@ def without_experts(whole: BTSModel, names: Iterable[str]) -> BTSModel:
     for name in names:
         bts = remove_expert(bts, {}, name)[0]
     model = BTSModel(whole.config, bts, TorchBackend(whole.dtype, "meta", ParallelMesh().tp))
-    known = dict(whole.named_parameters())
+    known = dict(whole.named_parameters(remove_duplicate=False))  # a tied head is the embedding, by both names
     with torch.no_grad():
-        model.load_state_dict({name: known[name] for name, _ in model.named_parameters()}, assign=True)
+        model.load_state_dict({name: known[name] for name in model.state_dict()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.train(False)

@@ -19,7 +19,7 @@ from megabts.serving.variants import without_experts
 from megabts.serving.worker import Job, Told, Update, Worker
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.simple import BytesTokenizer
-from tests.inference.models import stitched
+from tests.inference.models import SIZES, stitched
 
 SETTINGS = GenerationSettings(30)
 
@@ -77,7 +77,9 @@ def test_a_cancelled_job_is_in_no_further_batch() -> None:
     assert told.worker.stop(10)
 
 
-def test_variants_share_every_parameter() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_variants_share_every_parameter(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "tie_embeddings", tied)
     whole = stitched(num_stitch_layers=2)
     small = without_experts(whole, ["code"])
     known = dict(whole.named_parameters())
@@ -85,6 +87,7 @@ def test_variants_share_every_parameter() -> None:
     assert not any(".code." in name for name in names)
     assert {".math." in name for name in names} == {True, False}
     assert all(parameter.data_ptr() == known[name].data_ptr() for name, parameter in small.named_parameters())
+    assert (small.hub.head is small.hub.embedding) == tied
     with pytest.raises(UserError, match="there is no expert 'law'"):
         without_experts(whole, ["law"])
 
