@@ -66,6 +66,7 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.timeout(900)  # some thirty commands, each of which imports torch
 def test_readme_chain_runs(repository: Path) -> None:
     parts = re.findall(r"<!-- tested: begin -->(.*?)<!-- tested: end -->", README.read_text(), re.DOTALL)
     script = "\n".join(block for part in parts for block in blocks(part, "bash"))
