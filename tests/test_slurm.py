@@ -41,9 +41,10 @@ def output(folder: Path) -> str:
 
 
 def wait_for_end(cluster: Cluster, job: str, folder: Path, state: str = "COMPLETED") -> None:
-    """Wait until a job has ended in this state. A requeued job is started after 3 seconds; SLURM would wait two minutes.
+    """Wait until a job has ended in this state.
 
-    Not at once: a node refuses a credential made in the second in which the job's first start was revoked.
+    A requeued job is started after 3 seconds; SLURM would wait two minutes. Not at once: a node refuses
+    a credential made in the second in which the job's first start was revoked.
     """
     hastened = False
 

@@ -3,7 +3,7 @@
 python tools/evaluate.py --checkpoint runs/bts --data code=data/code_valid_text_document math=data/math_valid
 python tools/evaluate.py --checkpoint runs/bts --tasks examples/tasks/local/local.yaml
 
-The checkpoint may be of any method, or a Hugging Face Llama folder. Without --data the run's own validation sets are
+The checkpoint may be of any method, or a Hugging Face folder. Without --data the run's own validation sets are
 read. Windows follow one another and do not overlap, so every token is predicted once; the run's data.eod_mask_loss
 holds here too. With --protocol documents each window is the beginning of a document, and others, "mixed", switch
 domains every 32 to 64 tokens; losses are also told by position. With --tasks, tasks of lm-evaluation-harness run, by

@@ -1,4 +1,4 @@
-"""Continue text with a model: a run or checkpoint folder of any method, or a Hugging Face Llama folder.
+"""Continue text with a model: a run or checkpoint folder of any method, or a Hugging Face folder.
 
 One prompt: the completion is streamed to stdout as it comes. Several: they run as one batch and are printed at the
 end. The speed goes to stderr. Generation stops at the tokenizer's end-of-document token, or before a --stop text.

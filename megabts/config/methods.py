@@ -12,7 +12,7 @@ class BTSConfig:
     """Branch-Train-Stitch (arXiv 2502.00075): which members, where the stitch layers sit, how they start."""
 
     hub: str = ""
-    """Folder of the hub: a megabts checkpoint or a Hugging Face Llama folder. Usually the seed; any member may be."""
+    """Folder of the hub: a megabts checkpoint or a Hugging Face folder. Usually the seed; any member may be."""
     experts: dict[str, str] = field(default_factory=dict)
     """Experts by name, each with its folder: {code: DIR, math: DIR}."""
     num_stitch_layers: int = 4

@@ -43,8 +43,8 @@ class Context:
     prompt_length: int | None = None
     """How many of the first positions are a prompt; None: the text is a window, which has none."""
     memory: dict[str, Tensor] = field(default_factory=dict)
-    """What a model of several members knows of the texts so far, each tensor with b first. A generation hands it from one
-    forward pass to the next; rows may come and go between them."""
+    """What a model of several members knows of the texts so far, each tensor with b first. A generation hands it from
+    one forward pass to the next; rows may come and go between them."""
     step: int = 0
     """Training steps done: the temperature of sampled routing falls with them."""
 
