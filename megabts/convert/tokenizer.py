@@ -11,12 +11,11 @@ from typing import Any
 
 from megabts.errors import UserError
 from megabts.tokenizers.build import build_tokenizer
-from megabts.tokenizers.hugging_face import DEFINITION_FILE, HuggingFaceTokenizer
+from megabts.tokenizers.hugging_face import CONFIG_FILE, DEFINITION_FILE, HuggingFaceTokenizer
 from megabts.tokenizers.protocol import Tokenizer
 from megabts.tokenizers.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 from megabts.tokenizers.simple import BytesTokenizer
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _EOD = "<|endoftext|>"
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -64,9 +63,9 @@ def _with_config(files: dict[str, bytes], tokenizer: Tokenizer) -> dict[str, byt
     """The files with a `tokenizer_config.json` that names the class and the end of document, as far as it did not."""
     library = _library(files[DEFINITION_FILE])
     try:
-        given = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+        given = json.loads(files.get(CONFIG_FILE, b"{}"))
     except ValueError as error:
-        raise UserError(f"{TOKENIZER_CONFIG} of tokenizer {tokenizer.name} is not JSON; copy it again") from error
+        raise UserError(f"{CONFIG_FILE} of tokenizer {tokenizer.name} is not JSON; copy it again") from error
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -75,7 +74,7 @@ def _with_config(files: dict[str, bytes], tokenizer: Tokenizer) -> dict[str, byt
     for role, token_id in (("eos_token", tokenizer.eod_id), ("pad_token", tokenizer.pad_id)):
         if token_id is not None:
             config[role] = library.id_to_token(token_id)
-    return {**files, TOKENIZER_CONFIG: (json.dumps({**config, **given}, indent=2, ensure_ascii=False) + "\n").encode()}
+    return {**files, CONFIG_FILE: (json.dumps({**config, **given}, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def _library(definition: bytes) -> Any:

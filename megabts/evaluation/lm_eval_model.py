@@ -10,7 +10,6 @@ while they read it stands in `likelihood.py`.
 Several ranks (torchrun) hold a model each and share the requests, or hold one together: `tensor` x `expert` of them.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +36,7 @@ from megabts.parallel.mesh import ParallelMesh, build_mesh
 from megabts.runtime.device import DTYPES, Launch, pick_device, share_cores, start_communication
 from megabts.runtime.rendezvous import meet
 from megabts.tokenizers.build import build_tokenizer
+from megabts.tokenizers.hugging_face import HuggingFaceTokenizer
 from megabts.tokenizers.protocol import Tokenizer
 
 ARGUMENTS = (
@@ -334,11 +334,4 @@ def _prefix_token(plain: Tokenizer, templated: Tokenizer) -> int | None:
     added = templated.encode("")
     if added:
         return added[0]
-    for name, content in plain.files().items():
-        if name.endswith("config.json") or name.endswith("map.json"):
-            token = json.loads(content).get("bos_token")
-            text = token.get("content") if isinstance(token, dict) else token
-            ids = plain.encode(text) if isinstance(text, str) else []
-            if len(ids) == 1:
-                return ids[0]
-    return None
+    return plain.named_token("bos_token") if isinstance(plain, HuggingFaceTokenizer) else None

@@ -13,7 +13,10 @@ from megabts.errors import UserError
 from megabts.tokenizers.protocol import read_definition, sha256_hex
 
 DEFINITION_FILE = "tokenizer.json"
-_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+_NAMING_FILES = (CONFIG_FILE, "special_tokens_map.json")
+"""Beside the definition: those that name special tokens."""
 _EOD_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<eod>")
 
 
@@ -27,7 +30,7 @@ class HuggingFaceTokenizer:
         side_files: dict[str, bytes] | None = None,
         include_special_tokens: bool = False,
     ) -> None:
-        """`definition`: tokenizer.json; `side_files`: the files beside it that name eos and pad (`_SIDE_FILES`).
+        """`definition`: tokenizer.json; `side_files`: what lies beside it (special tokens' names, a chat template).
 
         `include_special_tokens`: let the file's template add its tokens (often a bos in front) to every text.
         """
@@ -46,7 +49,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have gaps: the largest one counts
-        self.pad_id: int | None = self._named_token("pad_token")
+        self.pad_id: int | None = self.named_token("pad_token")
         self.eod_id = self._find_eod()
 
     @classmethod
@@ -56,7 +59,9 @@ class HuggingFaceTokenizer:
         """From a tokenizer.json or the folder that holds one. Raises UserError."""
         file = Path(path) / DEFINITION_FILE if Path(path).is_dir() else Path(path)
         side_files = {
-            side: read_definition(file.parent / side) for side in _SIDE_FILES if (file.parent / side).is_file()
+            side: read_definition(file.parent / side)
+            for side in (*_NAMING_FILES, TEMPLATE_FILE)
+            if (file.parent / side).is_file()
         }
         return cls(read_definition(file), name or str(path), side_files, include_special_tokens)
 
@@ -79,11 +84,11 @@ class HuggingFaceTokenizer:
     def __reduce__(self) -> tuple[type["HuggingFaceTokenizer"], tuple[bytes, str, dict[str, bytes], bool]]:
         return HuggingFaceTokenizer, (self.definition, self.name, self._side_files, self._include_special_tokens)
 
-    def _named_token(self, role: str) -> int | None:
-        """The id of the token that the side files call `role` (eos_token, pad_token)."""
-        for file, content in self._side_files.items():
+    def named_token(self, role: str) -> int | None:
+        """The id of the token that the side files call `role` (bos_token, eos_token, pad_token). Raises UserError."""
+        for file in _NAMING_FILES:
             try:
-                token = json.loads(content).get(role)
+                token = json.loads(self._side_files.get(file, b"{}")).get(role)
             except (ValueError, AttributeError) as error:
                 raise UserError(f"{file} of tokenizer {self.name} is not a JSON object; copy it again") from error
             text = token.get("content") if isinstance(token, dict) else token
@@ -92,7 +97,7 @@ class HuggingFaceTokenizer:
         return None
 
     def _find_eod(self) -> int | None:
-        named = self._named_token("eos_token")
+        named = self.named_token("eos_token")
         if named is not None:
             return named
         found = (self._tokenizer.token_to_id(token) for token in _EOD_TOKENS)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megabts.errors import UserError
-from megabts.tokenizers.hugging_face import HuggingFaceTokenizer
+from megabts.tokenizers.hugging_face import CONFIG_FILE, HuggingFaceTokenizer
 from megabts.tokenizers.protocol import Tokenizer, save_tokenizer
 from megabts.tokenizers.sentence_piece import SentencePieceTokenizer
 
@@ -142,7 +142,7 @@ def _train_byte_level(texts: Iterable[str], vocab_size: int, name: str) -> Huggi
     if reached < vocab_size:
         raise UserError(f"--vocab-size {vocab_size} is too large for this text: at most {reached}, or give more text")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT, "bos_token": _END_OF_TEXT}
-    side_files = {"tokenizer_config.json": json.dumps(config, indent=2).encode("utf-8")}
+    side_files = {CONFIG_FILE: json.dumps(config, indent=2).encode("utf-8")}
     return HuggingFaceTokenizer(tokenizer.to_str(pretty=True).encode("utf-8"), name, side_files)
 
 

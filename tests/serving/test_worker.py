@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from megabts.errors import UserError
 from megabts.inference.rows import Request
@@ -14,12 +15,13 @@ from megabts.serving import worker as worker_module
 from megabts.serving.chat import ChatTemplate
 from megabts.serving.errors import ApiError
 from megabts.serving.metrics import Metrics
+from megabts.serving.requests import read_chat
 from megabts.serving.served import Limits, Served
 from megabts.serving.variants import without_experts
 from megabts.serving.worker import Job, Told, Update, Worker
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.simple import BytesTokenizer
-from tests.inference.models import SIZES, stitched
+from tests.inference.models import SIZES, dense, stitched
 
 SETTINGS = GenerationSettings(30)
 
@@ -140,7 +142,7 @@ class Templated(BytesTokenizer):
     """Bytes with a chat template."""
 
     def __init__(self, template: object) -> None:
-        config = {"chat_template": template, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+        config = {"chat_template": template, "bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>"}
         self.config = json.dumps(config).encode()
 
     def files(self) -> dict[str, bytes]:
@@ -159,6 +161,43 @@ def test_a_tokenizers_own_template(template: object) -> None:
     found = ChatTemplate(Templated(template))
     assert found.render(MESSAGES) == "<s><|user|>Hi</s>\n<|assistant|>Yes?</s>\n<|assistant|>"
     assert found.stops == ()
+
+
+def test_a_template_in_a_file_of_its_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Templated("of the configuration")
+    files = {**tokenizer.files(), "chat_template.jinja": b"of the file"}
+    monkeypatch.setattr(tokenizer, "files", lambda: files)
+    assert ChatTemplate(tokenizer).render(MESSAGES) == "of the file"
+    files["chat_template.jinja"] = b"\xff"
+    with pytest.raises(UserError, match="has a chat template that cannot be read"):
+        ChatTemplate(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if tools is not none or documents is not none %}wrong{% endif %}{{ messages[0].content }}",
+        "{{ messages | tojson(indent=2) }}{{ messages | tojson }}",
+        "{{ eos_token }}{{ unk_token }}{{ strftime_now('%Y') }}",
+        "{% for m in messages %}{% generation %}{% set x = m.content %}{{ x }}{% endgeneration %}{% break %}{% endfor %}{{ x }}",
+    ],
+)
+def test_templates_mean_what_they_mean_to_transformers(template: str) -> None:
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (oracle,), _ = render_jinja_template([MESSAGES], chat_template=template, add_generation_prompt=True, **special)
+    assert ChatTemplate(Templated(template)).render(MESSAGES) == oracle
+
+
+def test_a_template_s_tokens_are_not_added_twice() -> None:
+    """Under --special-tokens a plain prompt is begun by the tokenizer, and one of its own chat template is not."""
+    plain, begun = BytesTokenizer(), BytesTokenizer()
+    begun.encode = lambda text: [256, *plain.encode(text)]  # type: ignore[method-assign]
+    served = Served(dense(vocab_size=257), "dense", "tiny", plain, begun, Limits(4, 160, 4, 40, 40))
+    content = {"messages": MESSAGES[:1], "max_tokens": 1}
+    (row,) = read_chat(content, served, ChatTemplate(Templated("{{ bos_token }}{{ messages[0].content }}"))).rows
+    assert row.prompt == plain.encode("<s>Hi")
+    (row,) = read_chat(content, served, ChatTemplate(plain)).rows
+    assert row.prompt == begun.encode("User: Hi\n\nAssistant:")
 
 
 def test_a_template_runs_in_a_sandbox() -> None:

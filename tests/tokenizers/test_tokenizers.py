@@ -172,6 +172,14 @@ def test_hugging_face_side_files_name_eod_and_pad(trained: dict[str, Tokenizer],
         build_tokenizer(tmp_path)
 
 
+def test_a_chat_template_in_a_file_goes_along(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(_definition(trained))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = build_tokenizer(tmp_path)
+    assert tokenizer.files().keys() == {"tokenizer.json", "chat_template.jinja"}
+    assert copy.deepcopy(tokenizer).files() == tokenizer.files()
+
+
 def _definition(trained: dict[str, Tokenizer]) -> bytes:
     return trained["hf-bpe"].definition  # type: ignore[attr-defined]
 
