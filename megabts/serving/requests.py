@@ -95,7 +95,7 @@ def read_completion(content: dict[str, Any], served: Served) -> Asked:
 def read_chat(content: dict[str, Any], served: Served, template: ChatTemplate) -> Asked:
     """A body of /v1/chat/completions. Raises ApiError."""
     fields = Fields(content, CHAT_FIELDS, CHAT_NEUTRAL)
-    prompt = served.encode(template.render(_messages(fields.get("messages"))))
+    prompt = served.encode(template.render(_messages(fields.get("messages"))), whole=template.own)
     wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS)
     if top is not None and not wanted:
         raise refuse("top_logprobs needs logprobs true; set it, or leave top_logprobs out", "top_logprobs")

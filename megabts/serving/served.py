@@ -62,10 +62,13 @@ class Served:
         """Tokens of the caches of the whole model, or of a variant without some experts."""
         return min(self.limits.max_tokens, 4 * self.model_config.max_seq_len) if variant else self.limits.max_tokens
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt; an empty one begins as a document does. Raises ApiError where that is impossible."""
+    def encode(self, text: str, *, whole: bool = False) -> list[int]:
+        """Ids of a prompt; an empty one begins as a document does. Raises ApiError where that is impossible.
+
+        `whole`: the text has its special tokens written out, and none are to be added.
+        """
         try:
-            ids = self.encoder.encode(text)
+            ids = (self.tokenizer if whole else self.encoder).encode(text)
         except ValueError as error:  # integers as text have no other words
             raise refuse(str(error), "prompt") from None
         if not ids and self.tokenizer.eod_id is None:
