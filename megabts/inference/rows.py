@@ -50,6 +50,8 @@ class Event:
     """What members counted where the token was chosen, where asked for."""
     prompt_gates: tuple[Gates, ...] = ()
     """The same at every token of the prompt, with the first event."""
+    offset: int = 0
+    """Where the token's text begins in the completion's, characters, held back or not; only with a tokenizer."""
 
 
 class Completion:
@@ -77,20 +79,26 @@ class Completion:
         """Ids in prompt or completion, bool [V]; kept where there is a penalty."""
         self._stream = TextStream(tokenizer, request.prompt) if tokenizer else None
         self._stops = StopStrings(settings.stop_strings)
+        self._length = 0
+        """Characters of the tokens, those held back for stop strings too."""
 
     def take(self, token: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> Event:
         """The row goes on with this token, or ends."""
         settings = self.request.settings
         if token in settings.stop_ids:
             return self._event(None, "", "stop", None, top)
+        offset = self._length
         self.tokens.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
         if self.seen is not None:
             self.seen[token] = True
-        text, stopped = self._stops.add(self._stream.add(token)) if self._stream else ("", False)
+        piece = self._stream.add(token) if self._stream else ""
+        self._length += len(piece)
+        text, stopped = self._stops.add(piece)
         full = len(self.tokens) == settings.max_new_tokens
-        return self._event(token, text, "stop" if stopped else "length" if full else None, logprob, top, stopped)
+        finish = "stop" if stopped else "length" if full else None
+        return self._event(token, text, finish, logprob, top, stopped, offset)
 
     def _event(
         self,
@@ -100,6 +108,7 @@ class Completion:
         logprob: float | None,
         top: tuple[tuple[int, float], ...],
         cut: bool = False,
+        offset: int = 0,
     ) -> Event:
         if finish and self._stream and not cut:
             rest, cut = self._stops.add(self._stream.finish())
@@ -108,7 +117,7 @@ class Completion:
             text += "" if cut else self._stops.finish()
         self.finish = finish
         self.text += text
-        return Event(self.id, token, text, finish, logprob, top)
+        return Event(self.id, token, text, finish, logprob, top, offset=offset)
 
 
 def choose(logits: Tensor, rows: Sequence[Completion]) -> list[Event]:

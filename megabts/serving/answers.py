@@ -54,7 +54,7 @@ class Answer:
         if event.token is not None:
             choice.num_tokens += 1
             if self.asked.logprobs is not None:
-                entry = self._logprob(event, len(choice.text))
+                entry = self._logprob(event)
                 choice.logprobs.append(entry)
                 extra["logprobs"] = self._logprobs([entry])
         if self.asked.gates:
@@ -105,10 +105,10 @@ class Answer:
     def _choice(self, index: int, part: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return {"index": index, "logprobs": None, **part, "finish_reason": finish}
 
-    def _logprob(self, event: Event, offset: int) -> dict[str, Any]:
+    def _logprob(self, event: Event) -> dict[str, Any]:
         assert event.token is not None
         chosen = self._token_logprob(event.token, event.logprob)
-        return {**chosen, "offset": offset, "top": [self._token_logprob(*pair) for pair in event.top]}
+        return {**chosen, "offset": event.offset, "top": [self._token_logprob(*pair) for pair in event.top]}
 
     def _token_logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._show(token)

@@ -95,6 +95,13 @@ def test_logprobs(client: openai.OpenAI, model: Built) -> None:
     assert found.text_offset is not None
     assert found.text_offset[0] == 0
     assert found.text_offset == sorted(found.text_offset)
+    stop = [f"{answer.choices[0].text}, not so"]  # all of the text may become it, and is held back
+    held = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3, stop=stop
+    ).choices[0]
+    assert held.text == answer.choices[0].text
+    assert held.logprobs is not None
+    assert held.logprobs.text_offset == found.text_offset
 
 
 def test_n_and_seed(client: openai.OpenAI) -> None:

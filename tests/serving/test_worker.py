@@ -179,7 +179,7 @@ def test_a_template_in_a_file_of_its_own_comes_first(monkeypatch: pytest.MonkeyP
         "{% if tools is not none or documents is not none %}wrong{% endif %}{{ messages[0].content }}",
         "{{ messages | tojson(indent=2) }}{{ messages | tojson }}",
         "{{ eos_token }}{{ unk_token }}{{ strftime_now('%Y') }}",
-        "{% for m in messages %}{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{% break %}{% endfor %}{{ x }}",
+        "{% for m in messages %}{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{% endfor %}{{ x }}",
     ],
 )
 def test_templates_mean_what_they_mean_to_transformers(template: str) -> None:
