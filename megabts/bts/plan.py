@@ -10,6 +10,8 @@ from typing import Literal
 from megabts.errors import UsageError
 
 Kind = Literal["hub_into_experts", "experts_into_hub"]
+TITLES: dict[Kind, str] = {"hub_into_experts": "Hub-into-Experts", "experts_into_hub": "Experts-into-Hub"}
+"""What people call them."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class StitchPoint:
 
     after: int
     kind: Kind
+
+    @property
+    def title(self) -> str:
+        """For people: "layer 2, Hub-into-Experts"."""
+        return f"layer {self.after}, {TITLES[self.kind]}"
 
 
 def stitch_plan(num_layers: int, num_stitch_layers: int, alternating: bool = True) -> list[StitchPoint]:

@@ -166,11 +166,8 @@ def _gates(quickstart: Quickstart, loaded: LoadedModel) -> tuple[GateTable, list
         [[_mean_gate(by_domain[domain][layer], point, row) for domain in sets] for row in range(len(members))]
         for layer, point in enumerate(model.plan)
     ]
-    layers = [f"layer {point.after}, {KINDS[point.kind]}" for point in model.plan]
+    layers = [point.title for point in model.plan]
     return GateTable(layers, members, list(sets), values), texts
-
-
-KINDS = {"hub_into_experts": "Hub-into-Experts", "experts_into_hub": "Experts-into-Hub"}
 
 
 @torch.no_grad()
