@@ -22,9 +22,8 @@ from megabts.checkpoint.source import DenseSource
 from megabts.config.methods import HUB
 from megabts.convert.folder import check_free, write_hf_folder
 from megabts.convert.options import Options
-from megabts.convert.stored import check_export
 from megabts.convert.tokenizer import hf_tokenizer
-from megabts.convert.verify import check_tensors, require_transformers
+from megabts.convert.verify import check_models, check_stored, check_tensors, require_transformers
 from megabts.errors import UserError
 from megabts.tokenizers.build import find_tokenizer
 
@@ -70,7 +69,11 @@ def export_bts(checkpoint: Path, out: Path, options: Options, *, reference: Mapp
             yield from reader.items()
 
     def check(folder: Path) -> None:
-        check_export(stored.folder, folder, out, stored.config.model, dtype, tensors, options, remote_code=True)
+        if options.check == "logits":
+            model = stored.config.model
+            check_models(stored.folder, folder, model, options, out, dtype=dtype, remote_code=True)
+        else:
+            check_stored(folder, tensors, options, out)
 
     files = {name: (REMOTE / name).read_text(encoding="utf-8") for name in CODE}
     write_hf_folder(out, config, tensors(), options, tokenizer=tokenizer, files=files, check=check)

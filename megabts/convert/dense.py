@@ -21,15 +21,7 @@ from megabts.config.run import PrecisionConfig, RunConfig
 from megabts.convert.folder import check_free, write_hf_folder
 from megabts.convert.options import Options
 from megabts.convert.tokenizer import hf_tokenizer
-from megabts.convert.verify import (
-    check_logits,
-    check_tensors,
-    checkpoint_logits,
-    fixed_tokens,
-    require_transformers,
-    spread_positions,
-    transformers_logits,
-)
+from megabts.convert.verify import check_models, check_tensors, require_transformers
 from megabts.errors import UserError
 from megabts.tokenizers.build import find_tokenizer
 
@@ -57,9 +49,7 @@ def import_dense(hf_dir: Path, out: Path, options: Options, max_seq_len: int | N
         size = sum(map(prod, shapes.values())) * value_bytes
         write_streaming(aside, list(shapes), weights_from_hf(hf_dir, shapes, model), size, blobs, state)
         if options.check == "logits":
-            tokens, positions = fixed_tokens(model), spread_positions(model)
-            ours = checkpoint_logits(aside, tokens, positions=positions)
-            check_logits(ours, transformers_logits(hf_dir, tokens, positions=positions), out, options.say)
+            check_models(aside, hf_dir, model, options, out)
         else:
             with TensorReader(aside, MODEL_FILE) as reader:
                 check_tensors(weights_from_hf(hf_dir, reader.shapes, model), reader.items(), out, options.say)
@@ -90,9 +80,7 @@ def export_dense(checkpoint: Path, out: Path, options: Options) -> None:
 
     def check(folder: Path) -> None:
         if options.check == "logits":
-            tokens, positions = fixed_tokens(source.config), spread_positions(source.config)
-            ours = checkpoint_logits(source.folder, tokens, options.dtype, positions)
-            check_logits(ours, transformers_logits(folder, tokens, positions=positions), out, options.say)
+            check_models(source.folder, folder, source.config, options, out, dtype=options.dtype)
         else:
             names = [name for name, _ in source.weights()]
             check_tensors(_cast(source, options.dtype), weights_from_hf(folder, names), out, options.say)

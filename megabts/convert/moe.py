@@ -26,13 +26,10 @@ from megabts.config.methods import MoEConfig
 from megabts.config.model import ModelConfig
 from megabts.convert.folder import check_free, write_hf_folder
 from megabts.convert.options import Options
-from megabts.convert.stored import check_export
 from megabts.convert.tokenizer import hf_tokenizer
-from megabts.convert.verify import require_transformers
+from megabts.convert.verify import check_models, check_stored, require_transformers
 from megabts.errors import UserError
 from megabts.tokenizers.build import find_tokenizer
-
-ROUTER, GATE_UP, DOWN = ".mlp.router.weight", ".mlp.experts.gate_up", ".mlp.experts.down"
 
 
 @dataclass(frozen=True)
@@ -127,14 +124,14 @@ def moe_tensors(
         layer, _, kind = name.partition(".mlp.")
         block = f"model.{layer}.{family.block}"
         gate, up, down = family.matrices
-        if f".mlp.{kind}" == ROUTER:
+        if kind == "router.weight":
             yield f"{block}.gate.weight", tensor
-        elif f".mlp.{kind}" == GATE_UP:
+        elif kind == "experts.gate_up":
             for number, expert in enumerate(tensor):
                 rows = expert.chunk(2)
                 yield f"{block}.experts.{number}.{gate}.weight", rows[0]
                 yield f"{block}.experts.{number}.{up}.weight", rows[1]
-        elif f".mlp.{kind}" == DOWN:
+        elif kind == "experts.down":
             yield from ((f"{block}.experts.{number}.{down}.weight", expert) for number, expert in enumerate(tensor))
         else:
             yield from weights_to_hf(dense, model, [(name, tensor)])
@@ -163,7 +160,10 @@ def export_moe(checkpoint: Path, out: Path, options: Options) -> None:
             return moe_tensors(model, moe, reader.items())
 
         def check(folder: Path) -> None:
-            check_export(stored.folder, folder, out, model, dtype, tensors, options)
+            if options.check == "logits":
+                check_models(stored.folder, folder, model, options, out, dtype=dtype)
+            else:
+                check_stored(folder, tensors, options, out)
 
         write_hf_folder(out, config, tensors(), options, tokenizer=tokenizer, check=check)
     options.say(f"wrote {out}: {family.architecture}, {config['dtype']}")

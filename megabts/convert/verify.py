@@ -5,15 +5,18 @@ two correct programs differ by rounding (below 1e-5 on models of a few layers), 
 more.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from megabts.build import load_model
 from megabts.config.model import ModelConfig
+from megabts.convert.options import Options
 from megabts.errors import UserError
 from megabts.model.attention import make_context
 from megabts.model.decoder import Model
@@ -125,7 +128,39 @@ def check_logits(ours: Tensor, theirs: Tensor, where: Path, say: Callable[[str],
     return difference
 
 
+def check_models(
+    checkpoint: Path,
+    hf_dir: Path,
+    model: ModelConfig,
+    options: Options,
+    where: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    remote_code: bool = False,
+) -> None:
+    """Compare both sides' logits of the check's tokens; `where`: what errors name. Raises UserError.
+
+    `dtype`: the checkpoint's weights are rounded to that first; `remote_code`: run the Python files in `hf_dir`.
+    """
+    tokens, places = fixed_tokens(model), spread_positions(model)
+    ours = checkpoint_logits(checkpoint, tokens, dtype, places)
+    theirs = transformers_logits(hf_dir, tokens, remote_code=remote_code, positions=places)
+    check_logits(ours, theirs, where, options.say)
+
+
 Tensors = Iterable[tuple[str, Tensor]]
+
+
+def stored_tensors(hf_dir: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """These tensors of a Hugging Face folder, which has no others. Raises UserError."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in hf_dir.glob("*.safetensors")]
+        source = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        wanted = list(names)
+        if odd := sorted(source.keys() ^ set(wanted)):
+            raise UserError(f"{hf_dir}: tensor {odd[0]} is missing or not part of the model; export it again")
+        for name in wanted:
+            yield name, source[name].get_tensor(name)
 
 
 def check_tensors(ours: Tensors, theirs: Tensors, where: Path, say: Callable[[str], object] = print) -> int:
@@ -142,3 +177,12 @@ def check_tensors(ours: Tensors, theirs: Tensors, where: Path, say: Callable[[st
         count += 1
     say(f"checked: {count} tensors, bit for bit")
     return count
+
+
+def check_stored(hf_dir: Path, tensors: Callable[[], Tensors], options: Options, where: Path) -> None:
+    """Compare an exported folder's tensors with those that were to be stored, which every call of `tensors` gives anew.
+
+    Raises UserError.
+    """
+    expected = ((name, tensor.to(options.dtype or tensor.dtype)) for name, tensor in tensors())
+    check_tensors(expected, stored_tensors(hf_dir, [name for name, _ in tensors()]), where, options.say)
