@@ -55,9 +55,12 @@ def main() -> None:
         raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
     trace = trace_gates(loaded.model, build_tokenizer(args.tokenizer or loaded.tokenizer), parts)
     trace = choose_layers(trace, args.layer)
-    draw_gates(trace, args.out)
-    if args.json:
-        write_trace(trace, args.json)
+    try:
+        draw_gates(trace, args.out)
+        if args.json:
+            write_trace(trace, args.json)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}; give another path") from error
     print(f"wrote {args.out}; tokens: {len(trace.tokens)}, stitch layers: {len(trace.layers)}")
 
 

@@ -75,7 +75,7 @@ def complete(
     _check(model, asked)
     sizes = sorted(map(places, asked), reverse=True)
     max_tokens = sum(sizes[:MAX_ROWS])
-    with _evaluating(model):
+    with evaluating(model):
         if not asked:
             return []
         if mesh is not None and mesh.rank > 0:
@@ -97,7 +97,7 @@ def complete_uncached(
     """The same as `complete`, row after row, running the whole text through the model for every token."""
     _check(model, asked)
     rows = [Completion(number, request, tokenizer) for number, request in enumerate(asked)]
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for row in rows:
             prompt, eod_id = row.request.prompt, row.request.settings.eod_id
             while row.finish is None:
@@ -141,8 +141,8 @@ def _tokens_alone(on_token: OnToken | None) -> OnEvent | None:
 
 
 @contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """No dropout; the model's mode is as before afterwards."""
+def evaluating(model: Model) -> Iterator[None]:
+    """Inside the block there is no dropout; afterwards the model's mode is as before."""
     was_training = isinstance(model, nn.Module) and model.training
     model.train(False)
     try:

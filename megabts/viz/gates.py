@@ -22,7 +22,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from megabts.bts.gates import record_gates
 from megabts.bts.model import BTSModel
 from megabts.errors import UsageError, UserError
-from megabts.inference.generate import score
+from megabts.inference.generate import evaluating, score
 from megabts.inference.text_stream import TextStream
 from megabts.tokenizers.protocol import Tokenizer
 from megabts.viz.figures import PALETTE
@@ -30,7 +30,6 @@ from megabts.viz.labels import name_ends
 from megabts.viz.overlay import DASHES
 from megabts.viz.records import Record
 
-KINDS = {"hub_into_experts": "Hub-into-Experts", "experts_into_hub": "Experts-into-Hub"}
 SEPARATOR = "\n\n"
 MAX_LABELLED = 72
 """With more tokens than this their numbers stand at the axis, and not their texts."""
@@ -78,13 +77,8 @@ def trace_gates(model: BTSModel, tokenizer: Tokenizer, parts: Sequence[str]) -> 
     encoded = [tokenizer.encode(text) for text in texts]
     ids = [token for part in encoded for token in part]
     _check(ids, model)
-    was_training = model.training
-    model.train(False)
-    try:
-        with torch.inference_mode(), record_gates(model) as record:
-            score(model, ids, tokenizer.eod_id)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), record_gates(model) as record:
+        score(model, ids, tokenizer.eod_id)
     values: list[list[list[float | None]]] = []
     for index, point in enumerate(model.plan):
         (gates,) = record.layers[index]  # [members gated, s, 1]
@@ -92,11 +86,10 @@ def trace_gates(model: BTSModel, tokenizer: Tokenizer, parts: Sequence[str]) -> 
         hub: list[list[float | None]] = [] if point.kind == "experts_into_hub" else [[None] * len(ids)]
         values.append([*hub, *rows])
     starts = [sum(map(len, encoded[:number])) for number in range(1, len(encoded))]
-    names = [f"layer {point.after}, {KINDS[point.kind]}" for point in model.plan]
     stream = TextStream(tokenizer, [])
     tokens = [stream.add(token) for token in ids]
     tokens[-1] += stream.finish()
-    return GateTrace(list(model.bts.members), names, tokens, values, starts)
+    return GateTrace(list(model.bts.members), [point.title for point in model.plan], tokens, values, starts)
 
 
 def _check(ids: Sequence[int], model: BTSModel) -> None:

@@ -180,3 +180,7 @@ def test_the_tool_refuses_in_one_line(tool: Tool, checkpoint: Path, tmp_path: Pa
     missing = tmp_path / "missing.txt"
     told = f"error: prompt file {missing} cannot be read: No such file or directory\n"
     assert tool("--checkpoint", checkpoint, "--prompt-file", missing, "--out", tmp_path / "a.png") == (1, "", told)
+    taken = tmp_path / "taken"
+    taken.touch()
+    told = f"error: {taken} cannot be written: File exists; give another path\n"
+    assert tool("--checkpoint", checkpoint, "--prompt", "abc", "--out", taken / "a.png") == (1, "", told)
