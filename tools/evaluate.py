@@ -53,7 +53,9 @@ def parse_args() -> argparse.Namespace:
     tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, for trials (default: all)")
     tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
     tasks.add_argument("--max-length", type=int, metavar="N", help="tokens read at once (default: model.max_seq_len)")
-    tasks.add_argument("--confirm-run-unsafe-code", action="store_true", help="let tasks run code the model writes")
+    tasks.add_argument(
+        "--confirm-run-unsafe-code", action="store_const", const=True, help="let tasks run code the model writes"
+    )
     tasks.add_argument("--tensor", type=int, metavar="N", help="tensor-parallel ranks of a model (default: 1)")
     tasks.add_argument("--expert", type=int, metavar="N", help="expert-parallel ranks of a model (default: 1)")
     args = parser.parse_args()
@@ -62,7 +64,8 @@ def parse_args() -> argparse.Namespace:
             raise UsageError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
     if args.shots is not None and args.shots < 0:
         raise UsageError(f"--shots is {args.shots}; it must be at least 0")
-    useless = next((flag for flag in (DATA_FLAGS if args.tasks else TASK_FLAGS) if getattr(args, flag)), None)
+    others = DATA_FLAGS if args.tasks else TASK_FLAGS
+    useless = next((flag for flag in others if getattr(args, flag) is not None), None)
     if useless:
         which = "without --tasks" if args.tasks else "with --tasks"
         raise UsageError(f"--{useless.replace('_', '-')} means something {which} only; leave it out, or --tasks")
@@ -131,7 +134,8 @@ def on_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
         from megabts.evaluation.tasks import find_tasks, results_table, run_tasks
         from megabts.runtime.device import stop_communication
 
-        found = find_tasks(args.tasks, args.include_path or (), unsafe_code=args.confirm_run_unsafe_code)
+        unsafe = bool(args.confirm_run_unsafe_code)
+        found = find_tasks(args.tasks, args.include_path or (), unsafe_code=unsafe)
         lm = MegabtsLM(
             args.checkpoint,
             args.dtype,
@@ -142,7 +146,7 @@ def on_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
             args.expert or 1,
             args.max_length,
         )
-        results = run_tasks(lm, found, limit=args.limit, shots=args.shots, unsafe_code=args.confirm_run_unsafe_code)
+        results = run_tasks(lm, found, limit=args.limit, shots=args.shots, unsafe_code=unsafe)
         stop_communication()
     if results is not None:
         print(results_table(results))

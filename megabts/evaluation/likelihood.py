@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megabts.errors import UserError
+from megabts.inference.decoding import document_numbers
 from megabts.model.attention import make_context
 from megabts.model.decoder import Model
 
@@ -109,10 +110,7 @@ def _logits(model: Model, rows: Sequence[_Row], eod_id: int | None) -> Tensor:
     device = next(model.parameters()).device
     width = max(len(row.tokens) for row in rows)
     ids = torch.tensor([[*row.tokens, *[0] * (width - len(row.tokens))] for row in rows], device=device)
-    documents = None
-    if eod_id is not None:
-        ends = ids == eod_id
-        documents = ends.cumsum(1) - ends.long()  # the end belongs to its own document
+    documents = None if eod_id is None else document_numbers(ids == eod_id)
     context = make_context(
         model.config,
         torch.arange(width, device=device),

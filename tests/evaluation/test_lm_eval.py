@@ -178,6 +178,7 @@ def test_what_cannot_run_is_one_line(
         (["--tasks", good, "--include-path", tmp_path / "no"], 1, f"there is no folder {tmp_path}/no of task files"),
         (["--tasks", good, "--data", "x=y"], 2, "--data means something without --tasks only"),
         (["--limit", "3"], 2, "--limit means something with --tasks only"),
+        (["--shots", "0"], 2, "--shots means something with --tasks only"),
         (["--tasks", good, "--limit", "0"], 2, "--limit is 0; it must be at least 1"),
         (["--tasks", good, "--max-length", "300"], 2, "max_length is 300; it must lie in 1..128 (model.max_seq_len)"),
         (["--tasks", good, "--tensor", "2"], 2, "tensor 2 x expert 1 = 2 ranks hold a model and there are 1"),
