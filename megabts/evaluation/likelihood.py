@@ -36,6 +36,8 @@ class _Row:
 
     tokens: tuple[int, ...]
     prompt_length: int | None
+    batch: int
+    """Only rows with the same number here share a forward pass."""
     wanted: list[tuple[int, Sequence[int]]] = field(default_factory=list)
     """(request's number, its continuation); all end one token after `tokens`."""
 
@@ -58,12 +60,12 @@ def continuation_scores(
     padded on the right, where nothing looks at them; pairs that differ in their last token alone share a row.
     `eod_id` ends documents, for models trained without attention across them. `windows`: the pairs are windows of
     longer texts. `by_prompt`: the model reads where a context ends (`Context.prompt_length`), so only contexts of one
-    length share a batch. `on_scored` is told of every batch's number of pairs. The model must be in evaluation mode.
-    Raises UserError for a continuation that does not fit.
+    length share a batch, and only windows of one length. `on_scored` is told of every batch's number of pairs. The
+    model must be in evaluation mode. Raises UserError for a continuation that does not fit.
     """
     assert all(context and continuation for context, continuation in pairs)
     scores: list[Scored | None] = [None] * len(pairs)
-    for rows in _batches(_rows(pairs, max_length, by_prompt and not windows), batch_size):
+    for rows in _batches(_rows(pairs, max_length, windows, by_prompt), batch_size):
         for row, logits in zip(rows, _logits(model, rows, eod_id), strict=True):
             longest = max(len(continuation) for _, continuation in row.wanted)
             end = len(row.tokens)
@@ -79,8 +81,10 @@ def continuation_scores(
     return [score for score in scores if score is not None]
 
 
-def _rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int, by_prompt: bool) -> list[_Row]:
-    """The forward passes that the pairs need, the longest first among those of one prompt length."""
+def _rows(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int, windows: bool, by_prompt: bool
+) -> list[_Row]:
+    """The forward passes that the pairs need, the longest first among those that may share one."""
     rows: dict[tuple[int | None, tuple[int, ...]], _Row] = {}
     for number, (context, continuation) in enumerate(pairs):
         if len(continuation) > max_length:
@@ -89,18 +93,20 @@ def _rows(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int,
                 "the task out, or take a model with a larger model.max_seq_len"
             )
         tokens = tuple([*context, *continuation][-(max_length + 1) : -1])
-        prompt_length = len(tokens) + 1 - len(continuation) if by_prompt else None
-        row = rows.setdefault((prompt_length, tokens), _Row(tokens, prompt_length))
+        prompt_length = len(tokens) + 1 - len(continuation) if by_prompt and not windows else None
+        # Padding after a window that is short would be judged as part of it.
+        batch = (prompt_length or len(tokens)) if by_prompt else 0
+        row = rows.setdefault((prompt_length, tokens), _Row(tokens, prompt_length, batch))
         row.wanted.append((number, continuation))
-    return sorted(rows.values(), key=lambda row: (row.prompt_length or 0, len(row.tokens)), reverse=True)
+    return sorted(rows.values(), key=lambda row: (row.batch, len(row.tokens)), reverse=True)
 
 
 def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[Sequence[_Row]]:
-    """At most `batch_size` neighbours, of one prompt length."""
+    """At most `batch_size` neighbours that may share a forward pass."""
     start = 0
     for end in range(1, len(rows) + 1):
         full = end - start == batch_size
-        if end == len(rows) or full or rows[end].prompt_length != rows[start].prompt_length:
+        if end == len(rows) or full or rows[end].batch != rows[start].batch:
             yield rows[start:end]
             start = end
 

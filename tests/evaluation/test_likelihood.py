@@ -110,12 +110,14 @@ def test_the_router_reads_the_context_alone() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_are_evaluation_windows(kind: str) -> None:
-    """Windows of the same length are scored as tools/evaluate.py scores them."""
+    """Windows, long ones and short ones together, are scored as tools/evaluate.py scores those of one length."""
     model = KINDS[kind]()
     model.train(False)
     windows = np.random.RandomState(1).randint(1, model.config.vocab_size, (5, MAX_LENGTH + 1))
-    losses = position_losses(model, windows, torch.device("cpu")).sum(1)
-    pairs = [(row[:1], row[1:]) for row in windows.tolist()]
+    sizes = (MAX_LENGTH + 1, 3, 4, 3, MAX_LENGTH + 1)
+    cut = [windows[row : row + 1, :size] for row, size in enumerate(sizes)]
+    losses = torch.cat([position_losses(model, window, torch.device("cpu")).sum(1) for window in cut])
+    pairs = [(window[0, :1].tolist(), window[0, 1:].tolist()) for window in cut]
     scores = continuation_scores(model, pairs, max_length=MAX_LENGTH, batch_size=3, windows=True, by_prompt=True)
     assert [found.log_likelihood for found in scores] == pytest.approx((-losses).tolist(), rel=1e-5)
 
