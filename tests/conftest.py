@@ -1,10 +1,14 @@
-"""What every test shares: hypothesis without deadlines, which would measure the machine's load and not the code; and a
-core of its own for each of several workers (pytest-xdist), which the ranks that a test starts inherit."""
+"""What every test shares: hypothesis without deadlines, which would measure the machine's load and not the code; a
+core of its own for each of several workers (pytest-xdist), which the ranks that a test starts inherit; and tools, called
+in this process."""
 
 import os
 import signal
 
+import pytest
 from hypothesis import settings
+
+from tests.tools import RunTool, tool_runner
 
 settings.register_profile("megabts", deadline=None, print_blob=True)
 settings.load_profile("megabts")
@@ -20,3 +24,9 @@ def pytest_configure() -> None:
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunTool:
+    """Runs a tool in this process, see `tests.tools`."""
+    return tool_runner(monkeypatch, capsys)

@@ -1,10 +1,8 @@
 """Dense models in from Hugging Face folders and out again, against what transformers stored and computes."""
 
 import json
-import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,8 @@ from megabts.convert.options import Options
 from megabts.errors import UserError
 from megabts.parallel.mesh import ParallelMesh
 from tests.convert.hf_models import FAMILIES, LLAMA3, YARN, as_version_4, edit, make
+from tests.tools import RunTool
 
-ROOT = Path(__file__).resolve().parents[2]
 QUIET = Options(check="tensors", say=lambda line: None)
 TOKENS = torch.randint(53, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -59,25 +57,6 @@ def theirs(folder: Path) -> Tensor:
 
 def ours(folder: Path) -> Tensor:
     return verify.model_logits(load_model(folder, ParallelMesh(), torch.float32, "cpu").model.eval(), TOKENS)
-
-
-Run = Callable[..., tuple[Any, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """A tool, in this process: (exit code, everything it said)."""
-
-    def call(name: str, *arguments: Any) -> tuple[Any, str]:
-        tool = ROOT / "tools" / name
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [str(word) for word in (tool, *arguments)])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(tool), run_name="__main__")
-        said = capsys.readouterr()
-        return left.value.code, said.out + said.err
-
-    return call
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -150,23 +129,23 @@ def test_shards_keep_to_their_size(tmp_path: Path) -> None:
     assert sorted(sizes) == [f"model-{n:05d}-of-{len(sizes):05d}.safetensors" for n in range(1, len(sizes) + 1)]
 
 
-def test_hugging_face_models_are_stitched_as_they_are(tmp_path: Path, run: Run) -> None:
+def test_hugging_face_models_are_stitched_as_they_are(tmp_path: Path, run_tool: RunTool) -> None:
     """With the hub-preserving start the stitched model is its hub: transformers' logits."""
     for seed, name in enumerate(("base", "code", "math")):
         make(tmp_path / name, "olmo2", seed=seed)
     make(tmp_path / "other", "llama")
 
-    def stitch(out: str, *experts: str) -> tuple[Any, str]:
+    def stitch(out: str, *experts: str) -> tuple[int, str, str]:
         named = [word for name in experts for word in ("--expert", f"{name}={tmp_path / name}")]
         form = ("--num-stitch-layers", 3, "--start", "hub_preserving")
-        return run("stitch.py", "--hub", tmp_path / "base", "--out", tmp_path / out, *form, *named)
+        return run_tool("stitch.py", "--hub", tmp_path / "base", "--out", tmp_path / out, *form, *named)
 
-    code, said = stitch("bts", "code", "math")
-    assert code == 0, said
+    code, _, error = stitch("bts", "code", "math")
+    assert code == 0, error
     assert distance(ours(tmp_path / "bts"), theirs(tmp_path / "base")) < 1e-5
-    code, said = stitch("no", "code", "other")
+    code, _, error = stitch("no", "code", "other")
     assert code == 2
-    assert "norm_position" in said
+    assert "norm_position" in error
 
 
 REFUSED_OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -280,23 +259,27 @@ def test_transformers_names_what_it_misses(tmp_path: Path) -> None:
         verify.transformers_logits(tmp_path / "hf", TOKENS)
 
 
-def test_tool(tmp_path: Path, run: Run) -> None:
-    tool = "convert_checkpoint.py"
+def test_tool(tmp_path: Path, run_tool: RunTool) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        """(exit code, everything it said)."""
+        code, out, error = run_tool("convert_checkpoint.py", *arguments)
+        return code, out + error
+
     hf, mine, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
     make(hf, "mistral", sliding_window=64)
-    code, said = run(tool, "import", "--hf", hf, "--out", mine)
+    code, said = run("import", "--hf", hf, "--out", mine)
     assert (code, said.count("\n")) == (1, 1)
     assert "import --max-seq-len 64" in said
-    code, said = run(tool, "import", "--hf", hf, "--out", mine, "--max-seq-len", 64)
+    code, said = run("import", "--hf", hf, "--out", mine, "--max-seq-len", 64)
     assert code == 0, said
     assert "checked: largest relative difference of logits" in said
     assert open_dense(mine).config.max_seq_len == 64
-    code, said = run(tool, "export", "--checkpoint", mine, "--out", out, "--check", "tensors")
+    code, said = run("export", "--checkpoint", mine, "--out", out, "--check", "tensors")
     assert code == 0, said
     assert "checked: 21 tensors, bit for bit" in said
     assert same_bytes(stored(out), stored(hf))
-    assert run(tool, "export", "--hf", hf, "--out", out) == (2, "error: --hf is not of export; leave it out\n")
-    assert run(tool, "import", "--out", out) == (2, "error: import needs --hf DIR\n")
-    code, said = run(tool, "export", "--checkpoint", mine, "--out", out)
+    assert run("export", "--hf", hf, "--out", out) == (2, "error: --hf is not of export; leave it out\n")
+    assert run("import", "--out", out) == (2, "error: import needs --hf DIR\n")
+    code, said = run("export", "--checkpoint", mine, "--out", out)
     assert (code, said.count("\n")) == (1, 1)
     assert "exists already" in said

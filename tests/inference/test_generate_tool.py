@@ -1,8 +1,6 @@
 """tools/generate.py on real folders: a Hugging Face one without a tokenizer and a stitched checkpoint with one."""
 
-import runpy
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,26 +23,17 @@ from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.protocol import checkpoint_files
+from tests.tools import RunTool
 
 ROOT = Path(__file__).parents[2]
 MEMBERS = ROOT / "tests" / "golden" / "bts" / "members"
 HUB = str(MEMBERS / "hub")
-Tool = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs the tool in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools" / "generate.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, captured.out, captured.err
-
-    return run
+def tool(run_tool: RunTool) -> RunTool:
+    """The tool: (exit code, stdout, stderr)."""
+    return partial(run_tool, "generate.py")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +62,7 @@ def completion(folder: str | Path, prompt: list[int], settings: GenerationSettin
     return " ".join(map(str, generate(model, [prompt], settings)[0]))
 
 
-def test_streams_one_completion(tool: Tool) -> None:
+def test_streams_one_completion(tool: RunTool) -> None:
     arguments = ("--checkpoint", HUB, "--tokenizer", "null:97", "--prompt", "5 17 3", "--dtype", "float32")
     settings = GenerationSettings(10, 0.9, 40, 0.95, seed=3, stop_ids=(96,), num_ids=97)
     sampled = ("--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "3", "--max-new-tokens", "10")
@@ -85,7 +74,7 @@ def test_streams_one_completion(tool: Tool) -> None:
     assert tool(*arguments, *sampled, "--no-cache")[1] == out
 
 
-def test_several_prompts_run_as_one_batch(tool: Tool, stitched: Path, tmp_path: Path) -> None:
+def test_several_prompts_run_as_one_batch(tool: RunTool, stitched: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("9 9\n8 7\n")
     settings = ("--temperature", "0", "--max-new-tokens", "6", "--dtype", "float32")
@@ -96,7 +85,7 @@ def test_several_prompts_run_as_one_batch(tool: Tool, stitched: Path, tmp_path: 
     assert out == f"[1]\n1 2 3 {first}\n[2]\n9 9 8 7 {second}\n"
 
 
-def test_penalty_and_stop_texts(tool: Tool, stitched: Path) -> None:
+def test_penalty_and_stop_texts(tool: RunTool, stitched: Path) -> None:
     greedy = ("--temperature", "0", "--max-new-tokens", "8", "--dtype", "float32", "--prompt", "1 2 3")
     arguments = ("--checkpoint", str(stitched), *greedy, "--repetition-penalty", "1.9")
     tokens = completion(stitched, [1, 2, 3], GenerationSettings(8, stop_ids=(96,), repetition_penalty=1.9)).split()
@@ -110,14 +99,14 @@ def test_penalty_and_stop_texts(tool: Tool, stitched: Path) -> None:
     assert f"\n1 2 3{expected}\n[2]\n9 " in out
 
 
-def test_empty_prompt_begins_a_document(tool: Tool, stitched: Path) -> None:
+def test_empty_prompt_begins_a_document(tool: RunTool, stitched: Path) -> None:
     settings = ("--temperature", "0", "--max-new-tokens", "6", "--dtype", "float32")
     code, out, _ = tool("--checkpoint", str(stitched), "--prompt", "", *settings)
     assert code == 0
     assert out.strip() == completion(stitched, [96], GenerationSettings(6, stop_ids=(96,)))
 
 
-def test_gates(tool: Tool, stitched: Path) -> None:
+def test_gates(tool: RunTool, stitched: Path) -> None:
     settings = ("--temperature", "0", "--max-new-tokens", "6", "--dtype", "float32")
     code, out, _ = tool("--checkpoint", str(stitched), "--prompt", "1 2 3", "--gates", *settings)
     assert code == 0
@@ -135,7 +124,7 @@ def test_gates(tool: Tool, stitched: Path) -> None:
     }
 
 
-def test_without_an_expert_is_the_checkpoint_without_it(tool: Tool, stitched: Path) -> None:
+def test_without_an_expert_is_the_checkpoint_without_it(tool: RunTool, stitched: Path) -> None:
     settings = ("--temperature", "0", "--max-new-tokens", "8", "--prompt", "1 2 3", "--dtype", "float32")
     code, out, _ = tool("--checkpoint", str(stitched), *settings, "--without", "code", "--gates")
     assert code == 0
@@ -178,7 +167,7 @@ def test_without_an_expert_is_the_checkpoint_without_it(tool: Tool, stitched: Pa
         (["--prompt", "1", "--checkpoint", "absent"], 1, "there is no folder absent"),
     ],
 )
-def test_errors_are_one_line(tool: Tool, arguments: list[str], code: int, message: str) -> None:
+def test_errors_are_one_line(tool: RunTool, arguments: list[str], code: int, message: str) -> None:
     found, _, err = tool("--checkpoint", HUB, *arguments)
     assert found == code
     assert err.startswith("error: ")
@@ -186,7 +175,7 @@ def test_errors_are_one_line(tool: Tool, arguments: list[str], code: int, messag
     assert message in err
 
 
-def test_unknown_expert(tool: Tool, stitched: Path) -> None:
+def test_unknown_expert(tool: RunTool, stitched: Path) -> None:
     code, _, err = tool("--checkpoint", str(stitched), "--prompt", "1", "--without", "law")
     assert (code, err.count("\n")) == (1, 1)
     assert "there is no expert 'law' to remove; the experts are code, math" in err

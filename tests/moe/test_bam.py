@@ -1,7 +1,5 @@
 """BAM and its adapters: a loop over tokens and heads, identical members, published sizes, FLOPs, upcycling, caches."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from megabts.moe.router import Router
 from megabts.moe.upcycle import upcycle, wanted
 from tests.bts.folders import write_dense
 from tests.moe.models import SIZES, dense_model, moe_model, tokens
-from tests.train.runs import ROOT, environment
+from tests.tools import RunTool
 
 TEXT = [3, 7, 1, 30, 12, 4, 0, 29, 5]
 BAM: dict[str, Any] = {"attention_experts": True}
@@ -230,13 +228,12 @@ def test_with_adapters_no_gradient_goes_through_the_first_attentions() -> None:
 
 
 @pytest.mark.parametrize("method", ["bam", "bam-adapters"])
-def test_the_tool(tmp_path: Path, method: str) -> None:
+def test_the_tool(tmp_path: Path, run_tool: RunTool, method: str) -> None:
     folders = {name: write_dense(tmp_path / name, seed, **SIZES) for seed, name in enumerate(("seed", "code"), 1)}
     members = [argument for name, folder in folders.items() for argument in ("--member", f"{name}={folder}")]
-    tool = [sys.executable, str(ROOT / "tools/upcycle.py"), "--method", method, "--out", str(tmp_path / "out")]
-    run = subprocess.run([*tool, *members], capture_output=True, text=True, env=environment())
-    assert run.returncode == 0, run.stderr
-    assert "2 ffn experts a layer, 2 attention experts" in run.stdout
+    code, said, error = run_tool("upcycle.py", "--method", method, "--out", tmp_path / "out", *members)
+    assert code == 0, error
+    assert "2 ffn experts a layer, 2 attention experts" in said
     found = load_tensors(tmp_path / "out", MODEL_FILE)
     theirs = [load_tensors(folder, MODEL_FILE) for folder in folders.values()]
     for index, weights in enumerate(theirs):

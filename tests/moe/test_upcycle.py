@@ -1,7 +1,5 @@
 """Upcycling: identical members give the dense model's logits, averages and chunks by hand, the paper's size, memory."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +26,8 @@ from megabts.moe.routes import record_routes
 from megabts.moe.upcycle import dense_name, upcycle
 from tests.bts.folders import write_dense
 from tests.moe.models import MEMBERS, SIZES, dense_model, moe_model
+from tests.tools import RunTool
 from tests.train.runs import MEMBERS as GOLDEN
-from tests.train.runs import ROOT, environment
 
 TEXT = [3, 7, 1, 30, 12, 4, 0, 29, 5]
 
@@ -229,16 +227,11 @@ def test_the_members_are_held_one_tensor_at_a_time() -> None:
     assert alive == [0, 3]
 
 
-def test_the_tool(tmp_path: Path) -> None:
+def test_the_tool(tmp_path: Path, run_tool: RunTool) -> None:
     seed = write_dense(tmp_path / "seed", 1, **SIZES)
-    tool = [sys.executable, str(ROOT / "tools/upcycle.py"), "--method", "sparse", "--out", str(tmp_path / "out")]
-    run = subprocess.run(
-        [*tool, "--member", f"seed={seed}", "--copies", "3", "--routing", "switch"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert run.returncode == 0, run.stderr
-    assert "3 ffn experts a layer" in run.stdout
+    form = ("--method", "sparse", "--member", f"seed={seed}", "--copies", 3, "--routing", "switch")
+    code, said, error = run_tool("upcycle.py", *form, "--out", tmp_path / "out")
+    assert code == 0, error
+    assert "3 ffn experts a layer" in said
     found = load_tensors(tmp_path / "out", MODEL_FILE)["layers.0.mlp.experts.down"]
     assert torch.equal(found[0], found[2])

@@ -1,24 +1,19 @@
 """tools/plan.py as its users call it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-STITCH = ["--config", "examples/configs/paper/stitch.yaml"]
+from tests.tools import TOOLS, RunTool
+
+STITCH = ["--config", TOOLS.parent / "examples/configs/paper/stitch.yaml"]
 
 
-def call(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/plan.py", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
-def test_table_and_json(tmp_path: Path) -> None:
-    done = call(*STITCH, "--gpus", "8", "--gpu", "h200", "--top", "3", "--json", str(tmp_path / "plan.json"))
-    assert (done.returncode, done.stderr) == (0, "")
+def test_table_and_json(tmp_path: Path, run_tool: RunTool) -> None:
+    file = tmp_path / "plan.json"
+    code, table, error = run_tool("plan.py", *STITCH, "--gpus", 8, "--gpu", "h200", "--top", 3, "--json", file)
+    assert (code, error) == (0, "")
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert len(figures["ranked"]) == 3
     for number, layout in enumerate(figures["ranked"], 1):
@@ -26,17 +21,18 @@ def test_table_and_json(tmp_path: Path) -> None:
         total = memory.pop("total")
         assert total == pytest.approx(sum(memory.values()))
         assert total < figures["gpu"]["memory"]
-        row = next(line for line in done.stdout.splitlines() if line.startswith(f"{number} "))
+        row = next(line for line in table.splitlines() if line.startswith(f"{number} "))
         assert f"{layout['seconds']:.3f}" in row
         assert f"{total / 1e9:.1f}" in row
-    assert "settings: --parallel.tensor" in done.stdout
-    assert "2,097,152 tokens a step" in done.stdout
+    assert "settings: --parallel.tensor" in table
+    assert "2,097,152 tokens a step" in table
 
 
-def test_nothing_fits_exits_with_1() -> None:
-    done = call("--gpus", "1", "--model.preset", "llama-3-8b", "--precision.dtype", "bfloat16")
-    assert done.returncode == 1
-    assert "Nothing fits: memory." in done.stdout
+def test_nothing_fits_exits_with_1(run_tool: RunTool) -> None:
+    model = ("--model.preset", "llama-3-8b", "--precision.dtype", "bfloat16")
+    code, table, _ = run_tool("plan.py", "--gpus", 1, *model)
+    assert code == 1
+    assert "Nothing fits: memory." in table
 
 
 @pytest.mark.parametrize(
@@ -59,8 +55,8 @@ def test_nothing_fits_exits_with_1() -> None:
         ([], "error: the following arguments are required: --gpus; see --help\n"),
     ],
 )
-def test_bad_input_is_one_line(args: list[str], message: str) -> None:
-    done = call(*args)
-    assert done.returncode == 2
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(run_tool: RunTool, args: list[str], message: str) -> None:
+    code, _, error = run_tool("plan.py", *args)
+    assert code == 2
+    assert error.startswith(message)
+    assert error.count("\n") == 1

@@ -1,9 +1,7 @@
 """Gate values along a text: against the recorder, the picture's lines against the values, and the tool."""
 
 import json
-import runpy
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,11 +18,10 @@ from megabts.tokenizers.build import build_tokenizer
 from megabts.viz.figures import PALETTE
 from megabts.viz.gates import MAX_LABELLED, GateTrace, choose_layers, draw_gates, label_of, trace_gates
 from tests.serving.tiny import write_dense, write_stitched
+from tests.tools import RunTool
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["def f(é):", "1 + 1 = 2", "So be it."]
 SVG = "{http://www.w3.org/2000/svg}"
-Tool = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +37,9 @@ def model(checkpoint: Path) -> BTSModel:
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs tools/plot_gates.py in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plot_gates.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools/plot_gates.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
+def tool(run_tool: RunTool) -> RunTool:
+    """The tool: (exit code, stdout, stderr)."""
+    return partial(run_tool, "plot_gates.py")
 
 
 def test_values_are_those_of_one_pass_over_the_parts(model: BTSModel) -> None:
@@ -156,7 +145,7 @@ def test_what_cannot_be_traced(model: BTSModel) -> None:
         GateTrace(["hub"], ["layer 2, Experts-into-Hub"], ["a"], [[[0.5, 0.5]]], [])
 
 
-def test_the_tool_draws_and_keeps_values(tool: Tool, checkpoint: Path, model: BTSModel, tmp_path: Path) -> None:
+def test_the_tool_draws_and_keeps_values(tool: RunTool, checkpoint: Path, model: BTSModel, tmp_path: Path) -> None:
     (tmp_path / "part.txt").write_text("So be it.\n")
     picture, values = tmp_path / "out" / "a.png", tmp_path / "values" / "a.json"
     arguments = ["--prompt", PARTS[0], "--switch", PARTS[1], "--switch-file", tmp_path / "part.txt"]
@@ -170,7 +159,7 @@ def test_the_tool_draws_and_keeps_values(tool: Tool, checkpoint: Path, model: BT
     assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_tool_refuses_in_one_line(tool: Tool, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_tool_refuses_in_one_line(tool: RunTool, checkpoint: Path, tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense", 0)
     given = ["--checkpoint", dense, "--prompt", "abc", "--out"]
     told = f"error: {dense} is a dense model and has no gates; give a stitched one\n"
