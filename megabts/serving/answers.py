@@ -59,10 +59,11 @@ class Answer:
                 extra["logprobs"] = self._logprobs([entry])
         if self.asked.gates:
             if event.prompt_gates:
-                texts = [self._show(token) for token in self.asked.rows[index].prompt]
+                first, *others = self.asked.rows[index].prompt
+                texts = [self.served.tokenizer.decode([first]), *map(self._show, others)]
                 choice.prompt_tokens = _with_gates(texts, event.prompt_gates)
-                first = {"text": "", "prompt_tokens": choice.prompt_tokens}
-                chunks.append(self._chunk([self._choice(index, first)]))
+                begun = {"text": "", "prompt_tokens": choice.prompt_tokens}
+                chunks.append(self._chunk([self._choice(index, begun)]))
             extra["gates"] = _rounded(event.gates)
             if event.token is not None:
                 choice.tokens += _with_gates([self._show(event.token)], [event.gates])
@@ -131,7 +132,11 @@ class Answer:
         }
 
     def _show(self, token: int) -> str:
-        return self.served.tokenizer.decode([token]) if token < self.served.tokenizer.vocab_size else ""
+        """A token's text where it continues a text: at its beginning some tokenizers leave out a blank."""
+        tokenizer = self.served.tokenizer
+        if token >= tokenizer.vocab_size:
+            return ""
+        return tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
 
 
 def _rounded(gates: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
