@@ -1,6 +1,6 @@
 """What every test shares: hypothesis without deadlines, which would measure the machine's load and not the code; a
-core of its own for each of several workers (pytest-xdist), which the ranks that a test starts inherit; and tools, called
-in this process."""
+core of its own for each of several workers (pytest-xdist), which the ranks that a test starts inherit; and tools,
+called in this process."""
 
 import os
 import signal

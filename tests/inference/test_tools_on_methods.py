@@ -1,9 +1,6 @@
 """tools/evaluate.py and tools/generate.py on a mixture of ffn experts and on expert routing."""
 
 import json
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +24,11 @@ from megabts.model.decoder import Model
 from megabts.moe.model import MoEModel
 from megabts.parallel.mesh import ParallelMesh
 from tests.bts.folders import write_members
-from tests.train.runs import ROOT, make_ids
+from tests.tools import RunTool
+from tests.train.runs import make_ids
 
-Tool = Callable[..., tuple[int, str, str]]
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 16, "num_layers": 2, "ffn_size": 24, "init_std": 0.3}
 SEQ, WINDOWS, PROMPT, NEW = 16, 6, [5, 17, 3], 7
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a tool in this process: (exit code, stdout, stderr)."""
-
-    def run(name: str, *arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +62,7 @@ def choice(routing: Routing, tokens: list[int]) -> int:
 
 
 @pytest.mark.parametrize("name", ["moe", "routing"])
-def test_evaluate(tool: Tool, models: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_evaluate(run_tool: RunTool, models: dict[str, Path], tmp_path: Path, name: str) -> None:
     text = np.fromfile(f"{models['ids']}.bin", np.uint16).tolist()
     count = (len(text) - 1) // SEQ
     starts = [number * count // WINDOWS * SEQ for number in range(WINDOWS)]
@@ -94,7 +77,7 @@ def test_evaluate(tool: Tool, models: dict[str, Path], tmp_path: Path, name: str
         "--micro-batch",
         "4",
     ]
-    code, _, err = tool("evaluate.py", "--checkpoint", models[name], *given, "--json", tmp_path / "losses.json")
+    code, _, err = run_tool("evaluate.py", "--checkpoint", models[name], *given, "--json", tmp_path / "losses.json")
     assert code == 0, err
     found = json.loads((tmp_path / "losses.json").read_text())["ids"]
     judges = [load(models[name])] * WINDOWS
@@ -109,21 +92,21 @@ def test_evaluate(tool: Tool, models: dict[str, Path], tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["moe", "routing"])
-def test_generate(tool: Tool, models: dict[str, Path], name: str) -> None:
+def test_generate(run_tool: RunTool, models: dict[str, Path], name: str) -> None:
     arguments = ("--tokenizer", "null:97", "--temperature", "0", "--max-new-tokens", NEW, "--prompt", "5 17 3")
-    code, out, err = tool("generate.py", "--checkpoint", models[name], *arguments)
+    code, out, err = run_tool("generate.py", "--checkpoint", models[name], *arguments)
     assert code == 0, err
     judge = load(models[name])
     if name == "routing":
         judge = load(models[("seed", "code", "math")[choice(judge, PROMPT)]])
     settings = GenerationSettings(NEW, stop_ids=(96,))
     assert [int(token) for token in out.split()] == generate(judge, [PROMPT], settings)[0]
-    code, _, err = tool("generate.py", "--checkpoint", models["routing"], *arguments, "--gates")
+    code, _, err = run_tool("generate.py", "--checkpoint", models["routing"], *arguments, "--gates")
     assert code == 2
     assert "is a routing model and has no gates" in err
 
 
-def test_gates_of_a_mixture(tool: Tool, models: dict[str, Path]) -> None:
+def test_gates_of_a_mixture(run_tool: RunTool, models: dict[str, Path]) -> None:
     arguments = (
         "--tokenizer",
         "null:97",
@@ -135,7 +118,7 @@ def test_gates_of_a_mixture(tool: Tool, models: dict[str, Path]) -> None:
         "5 17 3",
         "--gates",
     )
-    code, out, err = tool("generate.py", "--checkpoint", models["moe"], *arguments)
+    code, out, err = run_tool("generate.py", "--checkpoint", models["moe"], *arguments)
     assert code == 0, err
     completion, title, names, first, last, second_title, *rows = [line for line in out.splitlines() if line]
     tokens = [*PROMPT, *map(int, completion.split())]

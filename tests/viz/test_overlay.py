@@ -1,8 +1,6 @@
 """Curves on one another: distances by hand, a picture, and words for what cannot be compared."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,7 @@ import pytest
 from megabts.errors import UserError
 from megabts.runtime.metrics import FILE_NAME
 from megabts.viz.overlay import draw_overlay, largest_difference, read_losses
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools import RunTool
 
 
 def run(folder: Path, losses: dict[int, float]) -> Path:
@@ -38,14 +35,13 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert text.count("<path") > 10
 
 
-def test_the_tool_says_how_far_runs_are(tmp_path: Path) -> None:
+def test_the_tool_says_how_far_runs_are(tmp_path: Path, run_tool: RunTool) -> None:
     folders = [run(tmp_path / name, {1: loss}) for name, loss in (("a", 2.0), ("b", 2.5))]
-    command = [sys.executable, str(ROOT / "tools/plot_losses.py"), "--out", str(tmp_path / "out/x.png")]
-    one = [*command, "--run", f"first={folders[0]}"]
-    done = subprocess.run([*one, "--run", f"second={folders[1]}"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "second: at most 2.5e-01 from first" in done.stdout
+    one = ["plot_losses.py", "--out", tmp_path / "out/x.png", "--run", f"first={folders[0]}"]
+    code, said, error = run_tool(*one, "--run", f"second={folders[1]}")
+    assert code == 0, error
+    assert "second: at most 2.5e-01 from first" in said
     assert (tmp_path / "out/x.png").stat().st_size > 5000
-    refused = subprocess.run(one, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2
-    assert refused.stderr == "error: --run is needed at least twice, with different names; give --run NAME=DIR\n"
+    code, _, error = run_tool(*one)
+    assert code == 2
+    assert error == "error: --run is needed at least twice, with different names; give --run NAME=DIR\n"
