@@ -157,6 +157,7 @@ WINDOWS: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": 127}, "sliding_window 127 is shorter than the 128 tokens"),
     ("mistral", {"sliding_window": 128}, ""),
     ("mistral", {"sliding_window": None}, ""),
+    ("mistral", {"sliding_window": 127, "layer_types": ["full_attention"] * 3}, "sliding_window 127"),
     ("qwen2", {"sliding_window": 16}, ""),
     ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3}, ""),
     ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, "sliding_window 16"),
