@@ -29,6 +29,7 @@ from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.protocol import checkpoint_files
 from tests.bts.folders import TOKENS, write_dense, write_members
 from tests.bts.reference import SIZES, reference_logits, run
+from tests.tools import RunTool
 
 ROOT = Path(__file__).parents[1]
 HF_MEMBERS = ROOT / "tests" / "golden" / "bts" / "members"
@@ -283,13 +284,6 @@ def test_soup_of_low_precision_and_unfit_members(tmp_path: Path) -> None:
         assemble.soup({"a": (paths["a"], 1), "again": (paths["a"], 1)}, tmp_path / "out")
 
 
-def tool(name: str, *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command-line tool in a process of its own."""
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
 def here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Exit code of a command-line tool run in this process, as its last line runs it."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
@@ -300,10 +294,13 @@ def here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return stop.value.code
 
 
-def test_stitch_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stitch_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_tool: RunTool
+) -> None:
     seed, code, math = write_members(tmp_path, "seed", "code", "math").values()
     out, wide, less, other = (tmp_path / name for name in ("bts", "wide", "less", "other"))
-    rc, text, _ = tool("stitch", "--hub", seed, "--expert", f"code={code}", "--num-stitch-layers", 2, "--out", out)
+    arguments = ("--hub", seed, "--expert", f"code={code}", "--num-stitch-layers", 2, "--out", out)
+    rc, text, _ = run_tool("stitch.py", *arguments)
     # 2 D x D matrices per expert and layer, and the hub's gate slice in the one Experts-into-Hub layer.
     assert (rc, text.splitlines()[0]) == (0, f"wrote {out}")
     assert text.splitlines()[1].startswith("trained 1,280 of ")
@@ -369,13 +366,15 @@ def test_mistakes_on_the_command_line(
 
 
 def test_mistake_in_a_process_of_its_own(places: dict[str, str]) -> None:
-    rc, out, error = tool("stitch", "--hub", places["SEED"], "--expert", "nameless", "--out", places["OUT"])
-    assert (rc, out, error) == (2, "", "error: --expert nameless is not of the form NAME=DIR\n")
+    command = [sys.executable, str(ROOT / "tools/stitch.py"), "--hub", places["SEED"], "--expert", "nameless"]
+    done = subprocess.run([*command, "--out", places["OUT"]], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --expert nameless is not of the form NAME=DIR\n"
 
 
-def test_merge_tool(tmp_path: Path) -> None:
+def test_merge_tool(tmp_path: Path, run_tool: RunTool) -> None:
     a, b = write_members(tmp_path, "a", "b").values()
     out = tmp_path / "soup"
-    assert tool("merge", "soup", "--member", a, "--member", f"3={b}", "--out", out)[:2] == (0, f"wrote {out}\n")
+    assert run_tool("merge.py", "soup", "--member", a, "--member", f"3={b}", "--out", out)[:2] == (0, f"wrote {out}\n")
     first, second, mixed = own(Path(a)), own(Path(b)), own(out)
     torch.testing.assert_close(mixed["head.weight"], (first["head.weight"] + 3 * second["head.weight"]) / 4)
