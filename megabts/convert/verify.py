@@ -28,16 +28,11 @@ BATCH = (2, 48)
 """Sequences and tokens of the check."""
 
 
-def have_transformers() -> bool:
-    """Whether the library is installed; no part of it is loaded."""
+def require_transformers() -> None:
+    """Raise UserError when the library is not installed; no part of it is loaded."""
     from importlib.util import find_spec
 
-    return find_spec("transformers") is not None
-
-
-def require_transformers() -> None:
-    """Raise UserError when the library is missing."""
-    if not have_transformers():
+    if find_spec("transformers") is None:
         raise UserError("comparing logits needs transformers; pip install -e '.[hf]', or give --check tensors")
 
 

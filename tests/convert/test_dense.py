@@ -241,7 +241,7 @@ def test_the_check_sees_a_rotary_scaling_of_long_texts(tmp_path: Path, monkeypat
 
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "hf", "llama")
-    monkeypatch.setattr(verify, "have_transformers", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[hf\]'"):
         import_dense(tmp_path / "hf", tmp_path / "run", Options())
     import_dense(tmp_path / "hf", tmp_path / "run", QUIET)
