@@ -142,8 +142,8 @@ def choose(logits: Tensor, rows: Sequence[Completion]) -> list[Event]:
             top_p,
             [rows[index].generator for index in members],
         )
-        for index, token, scores in zip(members, chosen.tolist(), own, strict=True):
-            events[index] = rows[index].take(token, *_logprobs(scores, token, rows[index].request.settings.logprobs))
+        for index, token in zip(members, chosen.tolist(), strict=True):
+            events[index] = rows[index].take(token, *_logprobs(logits[index], token, rows[index].request.settings))
     return [events[index] for index in range(len(rows))]
 
 
@@ -164,10 +164,12 @@ def _penalised(logits: Tensor, rows: Sequence[Completion]) -> Tensor:
     )
 
 
-def _logprobs(logits: Tensor, token: int, num_top: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """Log-probability of the token and of the `num_top` likeliest ones."""
-    if num_top is None:
+def _logprobs(
+    logits: Tensor, token: int, settings: GenerationSettings
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """Log-probability of the token and of the likeliest ones that could be chosen, among all V."""
+    if settings.logprobs is None:
         return None, ()
-    logprobs = logits.double().log_softmax(-1)
-    values, ids = logprobs.topk(min(num_top, len(logprobs)))
+    logprobs = logits.double().log_softmax(-1)[: settings.num_ids or None]
+    values, ids = logprobs.topk(min(settings.logprobs, len(logprobs)))
     return float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))

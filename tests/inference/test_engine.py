@@ -178,6 +178,19 @@ def test_events_tell_everything_once() -> None:
             assert event.logprob == event.top[0][1]
 
 
+def test_logprobs_are_among_all_ids() -> None:
+    """Also where some cannot be chosen: they are the model's own, as `score` and evaluations have them."""
+    events: list[Event] = []
+    settings = GenerationSettings(1, num_ids=20, logprobs=30)
+    complete(dense(), requests(PROMPTS[:1], settings), events.append)
+    expected = score(dense(), PROMPTS[0])[-1].log_softmax(-1)
+    assert expected[20:].exp().sum() > 0.1
+    assert sorted(token for token, _ in events[0].top) == list(range(20))
+    assert events[0].logprob == events[0].top[0][1]
+    for token, logprob in events[0].top:
+        assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+
+
 @pytest.mark.parametrize("first, last", [(2, 2), (2, 4), (0, 0)])
 def test_stop_strings_cut_the_text_before_them(first: int, last: int) -> None:
     """One that spans tokens `first` to `last`; what may become it is held back, and a near miss is given out."""
