@@ -16,6 +16,8 @@ from megabts.config.model import ModelConfig
 from megabts.errors import UserError
 
 CONFIG = "config.json"
+STITCHED = "megabts_bts"
+"""Model type of BTS models in this form; they leave, and do not come back."""
 REQUIRED_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -152,6 +154,8 @@ def dtype_from_hf(hf_dir: Path) -> str | None:
 def read_config(hf_dir: Path) -> dict[str, Any]:
     """The raw `config.json` of a supported model type."""
     raw = read_json(Path(hf_dir) / CONFIG)
+    if raw.get("model_type") == STITCHED:
+        raise UserError(f"{hf_dir} is a stitched model exported for transformers; give the run it was exported from")
     if raw.get("model_type") not in FAMILY:
         kinds = ", ".join(FAMILY)
         raise UserError(f"{hf_dir}: model_type {raw.get('model_type')!r} is not supported; use a model of type {kinds}")

@@ -109,7 +109,7 @@ def resolve(path: Path, *, fallback: bool = True) -> Path:
         if problems:
             log.warning("continuing from %s instead", folder)
         return folder
-    found = "; ".join(map(str, problems)) if steps else "it holds no step_* folder; check the path"
+    found = "; ".join(map(str, problems)) if steps else "it holds no step_* folder and no HF model; check the path"
     raise CheckpointError(f"no usable checkpoint in {path}: {found}")
 
 

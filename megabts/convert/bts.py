@@ -15,7 +15,7 @@ from torch import Tensor
 from megabts.bts.plan import stitch_plan
 from megabts.build import StoredModel, open_model
 from megabts.checkpoint.hf import hf_content_hash, weights_from_hf, weights_to_hf
-from megabts.checkpoint.hf_config import config_from_hf, config_to_hf, family_of, is_hf_folder
+from megabts.checkpoint.hf_config import STITCHED, config_from_hf, config_to_hf, family_of, is_hf_folder
 from megabts.checkpoint.manifest import MODEL_FILE
 from megabts.checkpoint.reader import TensorReader
 from megabts.checkpoint.source import DenseSource
@@ -30,7 +30,7 @@ from megabts.tokenizers.build import find_tokenizer
 REMOTE = Path(__file__).parent / "remote"
 CODE = ("configuration_megabts.py", "modeling_megabts.py", "parts_megabts.py")
 """What goes into the folder as it is."""
-MODEL_TYPE, ARCHITECTURE = "megabts_bts", "MegaBTSForCausalLM"
+ARCHITECTURE = "MegaBTSForCausalLM"
 AUTO_MAP = {
     "AutoConfig": "configuration_megabts.MegaBTSConfig",
     "AutoModelForCausalLM": f"modeling_megabts.{ARCHITECTURE}",
@@ -87,7 +87,7 @@ def bts_config(stored: StoredModel, dtype: str) -> dict[str, Any]:
     plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
     return {
         "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        "model_type": STITCHED,
         "auto_map": AUTO_MAP,
         "member_names": list(stored.members),
         "member_configs": [{key: value for key, value in raw.items() if key not in STORED} for raw in members],

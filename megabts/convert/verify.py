@@ -166,9 +166,9 @@ def check_tensors(ours: Tensors, theirs: Tensors, where: Path, say: Callable[[st
     count = 0
     for (name, mine), (other, its) in zip(ours, theirs, strict=True):
         if name != other or mine.dtype != its.dtype or mine.shape != its.shape:
-            raise UserError(f"{where}: {other} ({its.dtype}) stands for {name} ({mine.dtype}); convert again")
+            raise UserError(f"{where}: {other} ({its.dtype}) stands for {name} ({mine.dtype}); is it that model's?")
         if not torch.equal(mine.contiguous().view(torch.uint8), its.contiguous().view(torch.uint8)):
-            raise UserError(f"{where}: the values of {name} differ from the source's; convert again")
+            raise UserError(f"{where}: the values of {name} differ from the source's; is it that model's?")
         count += 1
     say(f"checked: {count} tensors, bit for bit")
     return count

@@ -194,9 +194,11 @@ def _include_usage(options: object, stream: bool) -> bool:
 
 def _without(fields: Fields, served: Served) -> frozenset[str]:
     names = fields.texts("without", 64)
+    if names and not served.experts:
+        raise refuse(f"{served.name} is a {served.method} model and has no experts to leave out", "without")
     for name in names:
         if name not in served.experts:
-            known = ", ".join(served.experts) or "none"
+            known = ", ".join(served.experts)
             raise refuse(f"there is no expert {name[:80]!r} to leave out; the experts are {known}", "without")
     if names and len(set(names)) == len(served.experts):
         raise refuse(f"without all its experts the model is its {HUB}; leave at least one in", "without")

@@ -200,6 +200,7 @@ def test_left_out_keys_mean_what_each_family_means(tmp_path: Path, family: str) 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt2"}, "model_type 'gpt2'"),
     ({"model_type": "remove"}, "model_type None"),
+    ({"model_type": "megabts_bts"}, "give the run it was exported from"),
     ({"attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_act": "gelu"}, "hidden_act"),
