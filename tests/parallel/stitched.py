@@ -10,7 +10,7 @@ from torch import Tensor
 from megabts.bts.flow import needs_gradient
 from megabts.bts.gates import record_gates
 from megabts.bts.model import BTSModel
-from megabts.inference.generate import generate
+from megabts.inference.generate import complete, requests
 from megabts.inference.settings import GenerationSettings
 from megabts.model.attention import Context, make_context
 from megabts.model.part import Part
@@ -128,6 +128,7 @@ def _context(model: BTSModel, seeds: list[int] | None = None) -> Context:
     return make_context(model.config, torch.arange(TOKENS.shape[1]), model.dtype, dropout_seeds=seeds)
 
 
-def generated(model: BTSModel) -> list[list[int]]:
-    """Greedy completions of prompts of several lengths, over caches."""
-    return generate(model, PROMPTS, GenerationSettings(max_new_tokens=4))
+def generated(model: BTSModel, mesh: ParallelMesh) -> list[list[int]]:
+    """Greedy completions of prompts of several lengths, over caches; [] on ranks that follow the first."""
+    asked = requests(PROMPTS, GenerationSettings(max_new_tokens=4))
+    return [completion.tokens for completion in complete(model, asked, mesh=mesh)]
