@@ -11,7 +11,7 @@ assert VERSION, "megabts/__init__.py must hold a line __version__ = ..."
 README = ROOT / "README.md"
 
 TRANSFORMERS = "transformers>=4.51"
-EVAL = "lm_eval[hf]>=0.4.9"
+EVAL = "lm_eval[hf]>=0.4.13"
 SERVE = ["fastapi", "uvicorn", "prometheus_client"]
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", TRANSFORMERS, EVAL, *SERVE, "openai", "playwright"]
 
