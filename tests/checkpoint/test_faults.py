@@ -103,6 +103,7 @@ def in_killed_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # renews the inherited thread pool here, as two threads at once cannot
             work()
             os._exit(0)
         except BaseException:
