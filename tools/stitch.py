@@ -32,6 +32,14 @@ def main() -> None:
         help="the paper's stitches (bts), or with all members' heads answering (bts-mixture)",
     )
     new.add_argument("--num-stitch-layers", type=int, default=4, metavar="K")
+    new.add_argument(
+        "--placement",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="layers that the K stitch layers follow, the last one's included (default: spaced evenly)",
+    )
     new.add_argument("--experts-into-hub-only", action="store_true", help="all stitches Experts-into-Hub")
     new.add_argument("--expert-stream", choices=("projected", "unchanged"), help="default: the form's")
     new.add_argument("--start", choices=("uniform", "hub_leaning", "hub_preserving"), default="uniform")
@@ -62,6 +70,7 @@ def main() -> None:
             args.hub or "",
             named_paths(args.expert),
             args.num_stitch_layers,
+            args.placement,
             not args.experts_into_hub_only,
             start=args.start,
             **{**FORMS[args.form], **stream},

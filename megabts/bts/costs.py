@@ -34,7 +34,7 @@ def bts_costs(
     placements = [
         Placement.of(bts.members, Axis("ep", num_expert_ranks, rank), exchange) for rank in range(num_expert_ranks)
     ]
-    flows = gradient_flow(stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating), bts)
+    flows = gradient_flow(stitch_plan(model.num_layers, bts), bts)
     matrices = matrix_flops(bts, model.hidden_size)
     ranks = [_layers(model, flows, seq_length, recompute, placement, matrices) for placement in placements]
     head = head_flops(model)

@@ -11,6 +11,7 @@ Members may lie on several ranks (`ep`, see `placement`), and a rank may hold a 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ class BTSModel(nn.Module):
     layer L it is [1, s', b, D] on the hub's rank and [0, s', b, D] on others, which then only follow: their loss is 0.
     Where the output is a mixture it stays [members, s', b, D].
 
-    Raises UsageError for a member's name that a module cannot have, more stitch layers than layers, or a mixture of
-    members that lie on several ranks.
+    Raises UsageError for a member's name that a module cannot have, stitch layers that `stitch_plan` refuses, or a
+    mixture of members that lie on several ranks.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class BTSModel(nn.Module):
             }
         )
         freeze(self.members.parameters())
-        self.plan = stitch_plan(config.num_layers, bts.num_stitch_layers, bts.alternating)
+        self.plan = stitch_plan(config.num_layers, bts)
         self.flows = gradient_flow(self.plan, bts)
         self.stitches = nn.ModuleDict(
             {
@@ -139,10 +140,15 @@ class BTSModel(nn.Module):
         if flow.after:
             exchanges.begin_backward(states[0])
         if self._observers:
-            means = stitch.mean_gates(gates, states[0])
-            for observer in self._observers:
-                observer(index, means)
+            self._tell(index, stitch.mean_gates(gates, states[0]))
         return new
+
+    def _tell(self, place: int, gates: Tensor) -> None:
+        for observer in self._observers:
+            observer(place, gates)
+
+    def _output_observer(self) -> Callable[[Tensor], None] | None:
+        return partial(self._tell, len(self.plan)) if self._observers else None
 
     def _run_members(
         self, first: int, last: int, states: list[Tensor], context: Context, cache: Sequence[LayerCache] | None
@@ -160,7 +166,8 @@ class BTSModel(nn.Module):
         Or [b, 1, V] after the `last` position (s' = s). A mixture's, from [members, s', b, D], are log-probabilities.
         """
         if self.output is not None:
-            return self.output.logits(self._decoders(), hidden, context, last=last)
+            observe = self._output_observer()
+            return self.output.logits(self._decoders(), hidden, context, last=last, observe=observe)
         ep, hidden = self.placement.ep, hidden[:, -1:] if last else hidden
         if ep.size == 1:
             return self.hub.logits(hidden[0])
@@ -176,7 +183,7 @@ class BTSModel(nn.Module):
         On other ranks 0, to be run backward like the hub's: that runs their part of the exchanges.
         """
         if self.output is not None:
-            return self.output.loss(self._decoders(), hidden, labels, mask, context)
+            return self.output.loss(self._decoders(), hidden, labels, mask, context, self._output_observer())
         if self.placement.has_hub:
             return self.hub.loss(hidden[0], labels, mask)
         return hidden.sum(dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -212,9 +219,10 @@ class BTSModel(nn.Module):
 
     @contextmanager
     def observe_gates(self, observer: GateObserver) -> Iterator[None]:
-        """Inside the block `observer(stitch layer, mean gates [members gated, s, b])` is told of every stitch.
+        """Inside the block `observer(place, mean gates [members gated, s, b])` is told of every stitch and mixture.
 
-        Ranks that run one model must observe alike. Blocks may nest.
+        Places are numbered as in `bts.gates.gate_places`: stitch layers, then the mixture of the output, if there is
+        one. Ranks that run one model must observe alike. Blocks may nest.
         """
         self._observers.append(observer)
         try:

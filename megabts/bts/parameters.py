@@ -42,11 +42,11 @@ class ParameterReport:
 
 
 def parameter_report(model: ModelConfig, bts: BTSConfig) -> ParameterReport:
-    """Count without building anything. Raises UsageError when there are more stitch layers than layers."""
+    """Count without building anything. Raises UsageError as `stitch_plan`."""
     d, n = model.hidden_size, len(bts.experts)
     projection, gate = matrix_sizes(bts, d)
     owned = dict.fromkeys(bts.members, 0)
-    plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
+    plan = stitch_plan(model.num_layers, bts)
     for point in plan:
         for expert in bts.experts:
             owned[expert] += projection + gate

@@ -17,6 +17,9 @@ class BTSConfig:
     """Experts by name, each with its folder: {code: DIR, math: DIR}."""
     num_stitch_layers: int = 4
     """Stitch layers K: one after every floor(L/K) layers, the last one always after layer L."""
+    placement: list[int] = field(default_factory=list)
+    """Layers, counted from 1, that a stitch layer follows: K in ascending order, the last one L. Empty: spaced evenly,
+    as num_stitch_layers says (paper)."""
     alternating: bool = True
     """Hub-into-Experts and Experts-into-Hub alternate, Experts-into-Hub last; false: Experts-into-Hub only."""
     expert_stream: Literal["projected", "unchanged"] = "projected"
@@ -45,6 +48,7 @@ class BTSConfig:
     def __post_init__(self) -> None:
         if self.num_stitch_layers < 1:
             raise UsageError(f"bts.num_stitch_layers is {self.num_stitch_layers}; it must be at least 1")
+        self._check_placement()
         if self.evidence < 0 or (self.evidence and self.output != "mixture"):
             raise UsageError(
                 f"bts.evidence is {self.evidence} with bts.output {self.output}; it is a number of tokens, of a mixture"
@@ -56,6 +60,16 @@ class BTSConfig:
         for name in self.experts:
             if name == HUB or not name.replace("-", "_").isidentifier():
                 raise UsageError(f"bts.experts has a member named {name!r}; use letters, digits, - and _, not 'hub'")
+
+    def _check_placement(self) -> None:
+        places = self.placement
+        if places and (places[0] < 1 or places != sorted(set(places))):
+            raise UsageError(f"bts.placement is {places}; give layers from 1 on, each once, in ascending order")
+        if places and len(places) != self.num_stitch_layers:
+            raise UsageError(
+                f"bts.placement {places} has {len(places)} layers, but bts.num_stitch_layers is "
+                f"{self.num_stitch_layers}; set bts.num_stitch_layers {len(places)}, or another placement"
+            )
 
     def check_trainable(self) -> None:
         """Raise UsageError when `trainable` names someone who is no member."""

@@ -84,7 +84,7 @@ def bts_config(stored: StoredModel, dtype: str) -> dict[str, Any]:
     """The `config.json` of a stitched model whose weights are loaded as `dtype`. Raises UserError as `family_of`."""
     bts, model = stored.config.bts, stored.config.model
     members = [config_to_hf(source.config, dtype) for source in stored.members.values()]
-    plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
+    plan = stitch_plan(model.num_layers, bts)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": STITCHED,

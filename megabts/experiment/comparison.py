@@ -126,7 +126,7 @@ class Comparison(Experiment):
         config = self.config("seed")
         model, length = replace(config.model, vocab_size=self.vocab_size), config.data.seq_length
         bts = replace(self.config("stitch").bts, experts=dict.fromkeys(self.experts, ""))
-        plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
+        plan = stitch_plan(model.num_layers, bts)
         dense = dense_flops(model, length).total
         stitched = self.steps("stitch") * bts_flops(model, bts, length, plan).total / dense
         return round(len(self.experts) * self.steps("expert") + stitched)

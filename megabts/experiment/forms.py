@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from megabts.bts.parameters import parameter_report
+from megabts.bts.plan import stitch_plan
 from megabts.config.methods import FORMS, BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.config.run import RunConfig
@@ -20,7 +21,8 @@ def ablations(model: ModelConfig, stitch: RunConfig, experts: tuple[str, ...]) -
     """The paper's ablations and forms beyond it, for members of `model` and the configuration of the stitches' runs.
 
     The paper's: how many stitch layers, one kind of them only, which member is the hub, what experts continue with,
-    how the stitches start. Beyond it: gates, rank, learning rate, and what of the mixture of outputs matters.
+    how the stitches start. Beyond it: where the stitch layers sit, gates, rank, learning rate, and what of the mixture
+    of outputs matters.
     """
     mixture, lr = STITCHED["bts-mixture"], stitch.optimizer.lr
     return {
@@ -30,6 +32,7 @@ def ablations(model: ModelConfig, stitch: RunConfig, experts: tuple[str, ...]) -
         "bts, stream unchanged": {"bts.expert_stream": "unchanged"},
         "bts, hub leaning": {"bts.start": "hub_leaning"},
         "bts, hub preserving": {"bts.start": "hub_preserving"},
+        **{f"bts, placed {name}": {"bts.placement": str(at)} for name, at in placements(model, stitch.bts).items()},
         "bts, token gates": {"bts.gate": "token"},
         "bts, normalised gate input": {"bts.gate_input": "normalised"},
         "bts, 3 x lr": {"optimizer.lr": f"{3 * lr:g}"},
@@ -52,6 +55,17 @@ def _numbers(model: ModelConfig, bts: BTSConfig) -> dict[str, int]:
     all_layers = model.num_layers
     few = {str(number): number for number in (1, 2, 4, 10) if number < all_layers}
     return {name: number for name, number in {**few, "L": all_layers}.items() if number != bts.num_stitch_layers}
+
+
+def placements(model: ModelConfig, bts: BTSConfig) -> dict[str, list[int]]:
+    """Uneven places for as many stitch layers, that train as many parameters: each kind is there as often.
+
+    late: after the last K layers; early: after the first K - 1, and L. None that is the places of `bts` itself.
+    """
+    num_layers, number = model.num_layers, bts.num_stitch_layers
+    uneven = {"late": [*range(num_layers - number + 1, num_layers + 1)], "early": [*range(1, number), num_layers]}
+    own = [point.after for point in stitch_plan(num_layers, bts)]
+    return {name: places for name, places in uneven.items() if places != own}
 
 
 def equal_parameters(model: ModelConfig, paper: BTSConfig) -> dict[str, Settings]:

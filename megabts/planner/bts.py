@@ -34,7 +34,7 @@ def bts_parts(config: RunConfig, ep_rank: int = 0) -> Parts:
     model, bts = config.model, config.bts
     ep = Axis("ep", config.parallel.expert, ep_rank)
     placement = Placement.of(bts.members, ep, config.parallel.exchange)
-    flows = gradient_flow(stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating), bts)
+    flows = gradient_flow(stitch_plan(model.num_layers, bts), bts)
     stitches = {flow.point.after: flow for flow in flows}
     silent, passing = (layer_work(config, trains=False, passes=passes) for passes in (False, True))
     layers = []

@@ -32,7 +32,7 @@ class Method:
 
 def _bts_flops(config: RunConfig) -> float:
     bts, model = config.bts, config.model
-    plan = stitch_plan(model.num_layers, bts.num_stitch_layers, bts.alternating)
+    plan = stitch_plan(model.num_layers, bts)
     return bts_flops(model, bts, config.data.seq_length, plan).total
 
 

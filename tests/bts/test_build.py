@@ -155,7 +155,9 @@ def test_add_and_remove_in_a_configuration() -> None:
         remove_expert(config_of(1), own, "e1")
 
 
-@pytest.mark.parametrize("form", [{}, {"projection_rank": 2}, {"gate": "token", "output": "mixture", "evidence": 3}])
+@pytest.mark.parametrize(
+    "form", [{"placement": [4, 5]}, {"projection_rank": 2}, {"gate": "token", "output": "mixture", "evidence": 3}]
+)
 def test_what_is_left_of_any_form_is_all_that_the_smaller_model_has(form: dict[str, Any]) -> None:
     bts = config_of(3, num_stitch_layers=2, **form)
     own = {name: p.detach() for name, p, _ in random_model(bts).own_parameters()}

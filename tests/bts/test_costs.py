@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,17 +28,27 @@ CONFIG = ModelConfig(num_layers=8)
 LAYER, LINEAR, HEAD = layer_flops(CONFIG, 32), 2 * CONFIG.hidden_size**2, head_flops(CONFIG)
 
 
-def bts(trainable: list[str] | None = None, **settings: object) -> BTSConfig:
+def bts(trainable: list[str] | None = None, **settings: Any) -> BTSConfig:
     experts = {"code": "c", "math": "m", "prose": "p"}
-    return BTSConfig(hub="h", experts=experts, trainable=trainable or ["*"], **settings)  # type: ignore[arg-type]
+    return BTSConfig(hub="h", experts=experts, trainable=trainable or ["*"], **settings)
+
+
+def placed(layers: int | list[int]) -> dict[str, Any]:
+    """Settings of so many stitch layers, or of these."""
+    if isinstance(layers, int):
+        return {"num_stitch_layers": layers}
+    return {"num_stitch_layers": len(layers), "placement": layers}
 
 
 def test_parts_add_up_to_the_model() -> None:
     for k, alternating, stream, trainable in product(
-        (1, 3, 4, 8), (True, False), ("projected", "unchanged"), (["*"], ["code"], ["hub"], ["hub", "math"])
+        (1, 3, 4, 8, [5, 6, 7, 8], [1, 2, 8]),
+        (True, False),
+        ("projected", "unchanged"),
+        (["*"], ["code"], ["hub"], ["hub", "math"]),
     ):
-        config = bts(trainable, num_stitch_layers=k, alternating=alternating, expert_stream=stream)
-        plan = stitch_plan(8, k, alternating)
+        config = bts(trainable, **placed(k), alternating=alternating, expert_stream=stream)
+        plan = stitch_plan(8, config)
         costs, flops = bts_costs(CONFIG, config, 32), bts_flops(CONFIG, config, 32, plan)
         assert costs.embedding == Cost()
         whole = sum(costs.layers, costs.head)
@@ -45,9 +56,9 @@ def test_parts_add_up_to_the_model() -> None:
 
 
 def test_a_stage_has_a_backward_where_the_flow_says_so() -> None:
-    for k, trainable in product((1, 3, 4, 8), (["*"], ["code"], ["hub"])):
-        config = bts(trainable, num_stitch_layers=k)
-        flows = gradient_flow(stitch_plan(8, k), config)
+    for k, trainable in product((1, 3, 4, 8, [5, 6, 7, 8], [1, 2, 8]), (["*"], ["code"], ["hub"])):
+        config = bts(trainable, **placed(k))
+        flows = gradient_flow(stitch_plan(8, config), config)
         flags = stages_with_backward(bts_costs(CONFIG, config, 32).of_stages(range(1, 8)))
         assert list(flags) == [bool(needs_gradient(flows, depth)) for depth in range(1, 9)]
 
@@ -66,6 +77,19 @@ def test_by_hand() -> None:
     assert costs.head == Cost(HEAD, HEAD)
     again = bts_costs(model, bts(num_stitch_layers=2), 32, recompute=True)
     assert [b.backward - a.backward for a, b in zip(costs.layers, again.layers)] == [0, 0, 3 * LAYER, 3 * LAYER]
+
+
+def test_late_places_by_hand() -> None:
+    """Four layers, Hub-into-Experts after layer 3 and Experts-into-Hub after layer 4: three layers forward alone."""
+    model = ModelConfig(num_layers=4)
+    costs = bts_costs(model, bts(**placed([3, 4])), 32)
+    forward_only, passing = Cost(4 * LAYER, 0), Cost(4 * LAYER, 3 * LAYER)
+    assert costs.layers == (
+        forward_only,
+        forward_only,
+        forward_only + Cost(6 * LINEAR, 12 * LINEAR),
+        passing + Cost(7 * LINEAR, 14 * LINEAR),
+    )
 
 
 def test_expert_ranks() -> None:

@@ -15,9 +15,12 @@ TOKENS = torch.tensor([[3, 7, 1]])
 
 @pytest.mark.parametrize("stream", ["projected", "unchanged"])
 @pytest.mark.parametrize("alternating", [True, False])
-@pytest.mark.parametrize("stitches", [1, 2, 4, 5])
-def test_as_autograd_records(stitches: int, alternating: bool, stream: str) -> None:
+@pytest.mark.parametrize(
+    ("stitches", "placement"), [(1, []), (2, []), (4, []), (5, []), (3, [3, 4, 5]), (3, [1, 4, 5])]
+)
+def test_as_autograd_records(stitches: int, placement: list[int], alternating: bool, stream: str) -> None:
     shape: dict[str, Any] = {"num_stitch_layers": stitches, "alternating": alternating, "expert_stream": stream}
+    shape["placement"] = placement
     for trainable in (["*"], ["e1"], ["e2", "hub"], ["hub"], []):
         model = random_model(config_of(2, trainable=trainable, **shape))
         seen: list[list[bool]] = []

@@ -35,8 +35,8 @@ def golden_model(case: dict) -> BTSModel:
         str(folders[0]),
         experts,
         case["num_stitch_layers"],
-        case["alternating"],
-        case["expert_stream"],
+        alternating=case["alternating"],
+        expert_stream=case["expert_stream"],
         gate_dropout=0.0,
     )
     model = BTSModel(config, bts, TorchBackend(torch.float32, "cpu", mesh.tp))

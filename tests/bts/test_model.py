@@ -31,6 +31,15 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, bool]]]] = {
     "K = 1": ({"num_stitch_layers": 1}, [(5, EIH)]),
     "K = L": ({"num_stitch_layers": 5}, [(1, EIH), (2, HIE), (3, EIH), (4, HIE), (5, EIH)]),
     "Experts-into-Hub only": ({"num_stitch_layers": 2, "alternating": False}, [(2, EIH), (5, EIH)]),
+    "placed late": ({"num_stitch_layers": 3, "placement": [3, 4, 5]}, [(3, EIH), (4, HIE), (5, EIH)]),
+    "placed early": (
+        {"num_stitch_layers": 4, "placement": [1, 2, 4, 5], "expert_stream": "unchanged"},
+        [(1, HIE), (2, EIH), (4, HIE), (5, EIH)],
+    ),
+    "placed, Experts-into-Hub only": (
+        {"num_stitch_layers": 2, "placement": [4, 5], "alternating": False},
+        [(4, EIH), (5, EIH)],
+    ),
     "unchanged": ({"num_stitch_layers": 3, "expert_stream": "unchanged"}, [(1, EIH), (2, HIE), (5, EIH)]),
     "n = 1": ({"experts": 1, "num_stitch_layers": 3}, [(1, EIH), (2, HIE), (5, EIH)]),
     "n = 3": ({"experts": 3, "num_stitch_layers": 2}, [(2, HIE), (5, EIH)]),
@@ -90,9 +99,10 @@ def test_against_loops(case: str) -> None:
         assert relative_error(parameter.grad, gradients[name]) < 2e-5, name
 
 
-def test_against_loops_in_double_precision() -> None:
+@pytest.mark.parametrize("case", ["K = 3", "placed late"])
+def test_against_loops_in_double_precision(case: str) -> None:
     """The maths itself, not its rounding; what remains is the rotation's float32 angles."""
-    settings, plan = CASES["K = 3"]
+    settings, plan = CASES[case]
     model = random_model(config_of(**settings), torch.float64)
     logits, _, gradients = reference(model, plan, dict(model.named_parameters()))
     hidden = run(model, TOKENS)

@@ -94,6 +94,7 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (1, {"num_stitch_layers": 1}, {}),
     (2, {"num_stitch_layers": 5}, {}),
     (3, {"num_stitch_layers": 3, "alternating": False}, {}),
+    (3, {"num_stitch_layers": 3, "placement": [3, 4, 5]}, {}),
     (2, {"num_stitch_layers": 3, "start": "hub_leaning"}, {"tie_embeddings": True}),
     (2, {"num_stitch_layers": 2, "start": "hub_preserving"}, {"qkv_bias": True, "qk_norm": True}),
     (3, {"num_stitch_layers": 4, "trainable": ["e2"]}, {}),

@@ -177,6 +177,8 @@ def test_unknown_key_like_nothing() -> None:
         ("model: {rope_scaling: {type: linear, factor: x}}", "model.rope_scaling.factor is 'x'; it must be a positive"),
         ("bts: {trainable: &a [*a]}", "FILE:1: not valid YAML: found unconstructable recursive node"),
         ("bts: {num_stitch_layers: 0}", "bts.num_stitch_layers is 0; it must be at least 1"),
+        ("bts: {placement: [x]}", "bts.placement is ['x'] (FILE:1); expected a list of whole numbers"),
+        ("bts: {placement: [2, 8]}", "bts.placement [2, 8] has 2 layers, but bts.num_stitch_layers is 4; set bts.num_"),
     ],
 )
 def test_wrong_values_in_a_file(tmp_path: Path, given: str, expected: str) -> None:

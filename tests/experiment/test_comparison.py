@@ -10,9 +10,11 @@ import torch
 from megabts.bts.model import BTSModel
 from megabts.build import num_parameters
 from megabts.config.load import load_config
+from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.errors import UsageError, UserError
 from megabts.experiment.comparison import Comparison
+from megabts.experiment.forms import placements
 from megabts.experiment.scale import parse_scale, preset_names, read_scale
 from megabts.experiment.studies import all_stages
 from megabts.model.torch_backend import TorchBackend
@@ -180,6 +182,7 @@ def test_forms_beyond_the_paper_train_as_many_parameters(tmp_path: Path, preset:
     paper = trained["bts"]
     equal = ["bts, hub code", "bts, hub leaning", "bts, hub preserving", "bts, normalised gate input"]
     equal += ["bts, 3 x lr", "bts, 0.33 x lr", "bts, stream unchanged"]
+    equal += ["bts, placed late", "bts, placed early"]
     low_rank = ["bts, low rank, K = 5", "bts, low rank, K = 6", "bts, low rank, token gates, K = L"]
     assert {name for name in trained if "low rank" in name} == set(low_rank)
     for name in (*equal, *low_rank):
@@ -194,6 +197,19 @@ def test_the_papers_numbers_of_stitch_layers(tmp_path: Path) -> None:
         settings = [form for name, form in forms.items() if name.startswith("bts, K = ")]
         assert {int(form["bts.num_stitch_layers"]) for form in settings} == expected
         assert all(set(form) == {"bts.num_stitch_layers"} for form in settings)
+
+
+def test_late_and_early_places(tmp_path: Path) -> None:
+    late = {"tiny": [5, 6, 7, 8], "small": [9, 10, 11, 12], "1b": [13, 14, 15, 16]}
+    for preset, places in late.items():
+        stages = {stage.name: stage.command[2:] for stage in of_preset(tmp_path, preset).stages()}
+        assert load_config(stages["bts, placed late"]).bts.placement == places
+        assert load_config(stages["bts, placed early"]).bts.placement == [1, 2, 3, places[-1]]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, {}), (8, {}), (7, {"late": [2, 3, 4, 5, 6, 7, 8]})])
+def test_places_that_are_the_even_ones_are_no_ablation(number: int, expected: dict[str, list[int]]) -> None:
+    assert placements(ModelConfig(num_layers=8), BTSConfig(num_stitch_layers=number)) == expected
 
 
 def test_learning_rates_around_the_presets_own(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_flops_are_the_models(config: RunConfig) -> None:
     model, length = config.model, config.data.seq_length
     expected = dense_flops(model, length).total
     if config.method == "bts":
-        plan_points = stitch_plan(model.num_layers, config.bts.num_stitch_layers, config.bts.alternating)
+        plan_points = stitch_plan(model.num_layers, config.bts)
         expected = bts_flops(model, config.bts, length, plan_points).total
     found = plan(config, NODE, top=1)
     step = plan_json(config, found)
