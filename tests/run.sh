@@ -16,6 +16,15 @@ done
 set -- ${arguments[@]+"${arguments[@]}"}
 environment_prepare dev
 
+# The oldest versions that setup.py allows, in a folder beside the newest: tests/convert/test_lowest.py.
+lowest="$ENVIRONMENT_VENV/lowest"
+if [ "$ENVIRONMENT_USE_VENV" = yes ] && ! cmp -s tests/lowest.txt "$lowest/lowest.txt"; then
+    rm -rf "$lowest"
+    python3 -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$lowest" \
+        -r tests/lowest.txt || environment_fail "pip failed for tests/lowest.txt (above): run this again, or with --no-venv"
+    cp tests/lowest.txt "$lowest/"
+fi
+
 # The house rules are among the tests, so `make lint` and pytest together are `make checks` and more.
 if [ "$ENVIRONMENT_USE_VENV" = no ] && ! python3 -c 'import mypy, ruff' 2>/dev/null; then
     echo "left out: format, lint and types (ruff or mypy is not installed for $(command -v python3))"

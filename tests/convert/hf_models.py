@@ -1,4 +1,4 @@
-"""Tiny random models of every family, saved by transformers."""
+"""Tiny random models of every family, saved by transformers, 4 or 5."""
 
 import json
 from pathlib import Path
@@ -35,13 +35,17 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+VERSION_4 = transformers.__version__.startswith("4.")
+"""Whether the library knows the older keys of `config.json` alone."""
 
 
 def make(
     folder: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "5GB", **options: Any
 ) -> Any:
-    """A model whose every parameter is random, saved to `folder`."""
+    """A model whose every parameter is random, saved to `folder`; options are named as in version 5."""
     name, own = FAMILIES[family]
+    if VERSION_4 and "rope_parameters" in options:
+        options |= _older_rope(options.pop("rope_parameters"))
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **own, **options})
     model: Any = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     torch.manual_seed(seed)
@@ -49,7 +53,6 @@ def make(
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.2 + (parameter.dim() == 1))
     model.to(dtype)
-    model.config.dtype = dtype
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
@@ -64,14 +67,15 @@ def edit(folder: Path, **changes: Any) -> None:
 def as_version_4(folder: Path) -> None:
     """Give `config.json` the keys that transformers 4 wrote."""
     raw = json.loads((folder / "config.json").read_text())
-    rope = raw["rope_parameters"]
+    if not VERSION_4:
+        older = {**_older_rope(raw["rope_parameters"]), "torch_dtype": raw["dtype"]}
+        edit(folder, **dict.fromkeys(["rope_parameters", "dtype", "layer_types"], "remove"), **older)
+
+
+def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` in the keys of version 4."""
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    edit(
-        folder,
-        rope_parameters="remove",
-        dtype="remove",
-        layer_types="remove",
-        rope_theta=rope["rope_theta"],
-        rope_scaling=scaling if rope["rope_type"] != "default" else None,
-        torch_dtype=raw["dtype"],
-    )
+    return {
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }

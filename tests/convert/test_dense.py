@@ -27,7 +27,7 @@ from megabts.convert.export import export
 from megabts.convert.options import Options
 from megabts.errors import UserError
 from megabts.parallel.mesh import ParallelMesh
-from tests.convert.hf_models import FAMILIES, LLAMA3, YARN, as_version_4, edit, make
+from tests.convert.hf_models import FAMILIES, LLAMA3, VERSION_4, YARN, as_version_4, edit, make
 from tests.tools import RunTool
 
 QUIET = Options(check="tensors", say=lambda line: None)
@@ -98,7 +98,8 @@ def test_config_is_read_in_either_form(tmp_path: Path, rope: dict[str, Any]) -> 
         shutil.copytree(tmp_path / "back", tmp_path / keys[0])
         edit(tmp_path / keys[0], **dict.fromkeys(keys, "remove"))
         assert config_from_hf(tmp_path / keys[0]) == config
-        assert torch.equal(theirs(tmp_path / keys[0]), theirs(tmp_path / "hf")), "transformers reads it alike, too"
+        if "rope_parameters" in keys or not VERSION_4:
+            assert torch.equal(theirs(tmp_path / keys[0]), theirs(tmp_path / "hf")), "transformers reads it alike, too"
 
 
 def test_a_soup_in_another_type(tmp_path: Path) -> None:
