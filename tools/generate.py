@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--gates",
         action="store_true",
-        help="show how much each member counts at the last stitch, or ffn expert in a layer",
+        help="show how much each member counts in the output's mixture or the last stitch, or ffn expert in a layer",
     )
     add("--parallel.tensor", dest="tensor", type=int, default=1, metavar="N", help="ranks (default: 1)")
     add("--parallel.expert", dest="expert", type=int, default=1, metavar="N", help="ranks (default: 1)")
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, texts: list[str], place: "Place", progress: "P
         print(f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s", file=sys.stderr)
     ids: list[list[int]] = broadcast_object([[*row.request.prompt, *row.tokens] for row in rows])
     if args.gates and isinstance(model, BTSModel):
-        print_gates(model, ids)
+        print_gates(model, ids, tokenizer.eod_id)
     elif args.gates and isinstance(model, MoEModel):
         print_routes(model, ids, tokenizer)
 
@@ -170,19 +170,24 @@ def print_batch(rows: Sequence["Completion"], tokenizer: "Tokenizer") -> None:
         print(f"[{number}]\n{tokenizer.decode(list(row.request.prompt))}{row.text}")
 
 
-def print_gates(model: "BTSModel", texts: list[list[int]]) -> None:
-    """Share of the tokens, prompts included, for which each member has the largest mean gate at the last stitch."""
+def print_gates(model: "BTSModel", texts: list[list[int]], eod_id: int | None) -> None:
+    """Share of the tokens, prompts included, for which each member has the largest gate where the answer is mixed.
+
+    That is the mixture of the outputs, or the last stitch layer, by its mean gates.
+    """
     import torch
 
-    from megabts.bts.gates import record_gates
+    from megabts.bts.gates import gate_places, record_gates
     from megabts.inference.generate import score
 
     with torch.inference_mode(), record_gates(model) as record:
         for text in texts:
-            score(model, text)
-    gates = torch.cat([gate.flatten(1) for gate in record.layers[len(model.plan) - 1]], 1)  # [members, tokens]
+            score(model, text, eod_id)
+    place = len(gate_places(model)) - 1
+    gates = torch.cat([gate.flatten(1) for gate in record.places[place]], 1)  # [members, tokens]
     counts = gates.argmax(0).bincount(minlength=len(model.bts.members)).tolist()
-    print(f"\nlast stitch layer, {gates.shape[1]} tokens: member, share of tokens it dominates, mean gate")
+    title = "output mixture" if model.mixes else "last stitch layer"
+    print(f"\n{title}, {gates.shape[1]} tokens: member, share of tokens it dominates, mean gate")
     for name, count, mean in zip(model.bts.members, counts, gates.mean(1).tolist(), strict=True):
         print(f"{name:<20}{count / gates.shape[1]:>7.1%}{mean:>8.3f}")
 

@@ -1,6 +1,7 @@
 """Draw how much each member counts at every token of a text: gate values of a stitched model, a panel a stitch layer.
 
-A text whose context switches is given in parts, which are joined by an empty line and marked in the picture.
+Where the output is a mixture (bts.output) it is drawn alone, unless --layer says otherwise. A text of several subjects
+is given in parts, which are joined by an empty line; the picture marks where each begins.
 """
 
 import argparse
@@ -23,7 +24,13 @@ def parse_args() -> argparse.Namespace:
     first.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same from a file")
     add("--switch", action="append", default=[], metavar="TEXT", help="the text's next part; may be repeated")
     add("--switch-file", action="append", default=[], type=Path, metavar="FILE", help="the same, after all --switch")
-    add("--layer", action="append", default=[], type=int, metavar="N", help="only the stitch after layer N; repeatable")
+    add(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="N",
+        help="only the stitch after layer N, or output, or all; may be repeated (default: output if it mixes, else all)",
+    )
     add("--out", type=Path, required=True, metavar="FILE", help="picture to write (.png, .svg, .pdf)")
     add("--json", type=Path, metavar="FILE", help="write the values, too")
     add("--tokenizer", default="", metavar="SPEC", help="path, bytes or null:VOCAB (default: the checkpoint's)")
@@ -61,7 +68,7 @@ def main() -> None:
             write_trace(trace, args.json)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}; give another path") from error
-    print(f"wrote {args.out}; tokens: {len(trace.tokens)}, stitch layers: {len(trace.layers)}")
+    print(f"wrote {args.out}; tokens: {len(trace.tokens)}, panels: {len(trace.layers)}")
 
 
 def read_part(file: Path) -> str:

@@ -13,7 +13,7 @@ member i gave to the text's token u before it saw it, and k trained, 1 at the st
 with a memory of W tokens that the training may shorten: a text may change its domain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ HISTORY, NEXT = "history", "next"
 """In a generation's memory: log-likelihoods of the texts' last W tokens [b, members, W]; log-probabilities of the next
 token [b, members, V]."""
 
+Observer = Callable[[Tensor], None]
+"""Is told the gates [members, s, b] of a pass: float32, they sum to 1 over members."""
+
 
 class OutputMixture(nn.Module):
     """The mixture's gates; the heads belong to the members, hub first."""
@@ -45,7 +48,13 @@ class OutputMixture(nn.Module):
             self.evidence = nn.Parameter(torch.empty(evidence, dtype=backend.dtype, device=backend.device))
 
     def loss(
-        self, members: Sequence[Decoder], states: Tensor, labels: Tensor, mask: Tensor, context: Context | None
+        self,
+        members: Sequence[Decoder],
+        states: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        context: Context | None,
+        observe: Observer | None = None,
     ) -> Tensor:
         """States [members, s', b, D] and labels, mask [b, s] -> sum of the mixture's cross-entropy, nats.
 
@@ -59,15 +68,22 @@ class OutputMixture(nn.Module):
         if self.length:
             known = pad(given.detach()[..., :-1], (1, 0))
             evidence = self._look_back(known, None if context is None else context.starts)
-        gates = self._log_gates(normed[0], evidence)
+        gates = self._log_gates(normed[0], evidence, observe)
         return -((gates + given).logsumexp(0) * mask).sum()
 
     def logits(
-        self, members: Sequence[Decoder], states: Tensor, context: Context | None, *, last: bool = False
+        self,
+        members: Sequence[Decoder],
+        states: Tensor,
+        context: Context | None,
+        *,
+        last: bool = False,
+        observe: Observer | None = None,
     ) -> Tensor:
         """States [members, s', b, D] -> log-probabilities of the next token [b, s, V]; outside autograd over tp.
 
         Or [b, 1, V] after the `last` position (s' = s). `context` tells of tokens and of positions before these.
+        `observe` sees the gates of all positions in both cases.
         """
         normed = [member.final_norm(state) for member, state in zip(members, states, strict=True)]
         evidence = None
@@ -79,7 +95,7 @@ class OutputMixture(nn.Module):
             known = self._known(members, normed, context.tokens, predicted)
             evidence = self._look_back(known, context.starts, before)
             memory[HISTORY] = evidence[..., -1, :].flip(-1).transpose(0, 1)
-        gates = self._log_gates(normed[0], evidence)
+        gates = self._log_gates(normed[0], evidence, observe)
         if last:
             normed, gates = [state[-1:] for state in normed], gates[..., -1:]
         mixed, following = None, []
@@ -107,7 +123,7 @@ class OutputMixture(nn.Module):
             known[..., :1] = predicted.gather(-1, tokens[:, :1].expand(len(members), -1, -1))
         return known
 
-    def _log_gates(self, normed: Tensor, evidence: Tensor | None) -> Tensor:
+    def _log_gates(self, normed: Tensor, evidence: Tensor | None, observe: Observer | None) -> Tensor:
         """The hub's normed state [s', b, D], and what `_look_back` gave -> log g [members, b, s]; float32 at least."""
         hub = enter(normed, self.tp, self.sequence)
         exact = torch.promote_types(hub.dtype, torch.float32)
@@ -116,7 +132,10 @@ class OutputMixture(nn.Module):
         if evidence is not None:
             logits = logits + evidence.to(exact) @ self.evidence.to(exact)
         # The ranks of tp compute the same, and gradients are summed over them: each takes its share.
-        return torch.lerp(logits.detach(), logits, 1 / self.tp.size).log_softmax(0)
+        gates = torch.lerp(logits.detach(), logits, 1 / self.tp.size).log_softmax(0)
+        if observe is not None:
+            observe(gates.detach().exp().float().transpose(1, 2))
+        return gates
 
     def _look_back(self, known: Tensor, starts: Tensor | None, before: Tensor | None = None) -> Tensor:
         """l(t - j) of every position t, [members, b, s, W], j = 0..W-1; 0 up to the first token of t's text.

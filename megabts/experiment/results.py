@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megabts.bts.gates import GateRecord, record_gates
+from megabts.bts.gates import GatePlace, GateRecord, gate_places, record_gates
 from megabts.bts.model import BTSModel
-from megabts.bts.plan import StitchPoint
 from megabts.build import LoadedModel, load_model, num_parameters
 from megabts.data.build import build_valid_datasets
 from megabts.data.loader import Loader
@@ -150,24 +149,24 @@ def _settings(quickstart: Quickstart, loaded: LoadedModel) -> dict[str, str]:
 
 
 def _gates(quickstart: Quickstart, loaded: LoadedModel) -> tuple[GateTable, list[TokenText]]:
-    """Mean gates per stitch layer, member and domain, and one text of each domain with its last gates."""
+    """Mean gates per place, member and domain, and one text of each domain with its last gates."""
     model = loaded.model
     assert isinstance(model, BTSModel)
     tokenizer = build_tokenizer(loaded.tokenizer)
     sets = build_valid_datasets(loaded.config.data, GATE_WINDOWS, tokenizer=tokenizer)
     members = ["seed", *(f"expert-{domain}" for domain in quickstart.mixtures.experts)]
+    places = gate_places(model)
     by_domain, texts = {}, []
     for domain, windows in sets.items():
         record = _record(model, windows)
-        by_domain[domain] = {index: torch.cat(parts, 2) for index, parts in record.layers.items()}
-        last = by_domain[domain][len(model.plan) - 1]
+        by_domain[domain] = {index: torch.cat(parts, 2) for index, parts in record.places.items()}
+        last = by_domain[domain][len(places) - 1]
         texts.append(_text(domain, windows, last, tokenizer))
     values = [
-        [[_mean_gate(by_domain[domain][layer], point, row) for domain in sets] for row in range(len(members))]
-        for layer, point in enumerate(model.plan)
+        [[_mean_gate(by_domain[domain][index], place, row) for domain in sets] for row in range(len(members))]
+        for index, place in enumerate(places)
     ]
-    layers = [point.title for point in model.plan]
-    return GateTable(layers, members, list(sets), values), texts
+    return GateTable([place.title for place in places], members, list(sets), values), texts
 
 
 @torch.no_grad()
@@ -179,9 +178,9 @@ def _record(model: BTSModel, windows: ValidationSet) -> GateRecord:
     return record
 
 
-def _mean_gate(gates: torch.Tensor, point: StitchPoint, member: int) -> float | None:
+def _mean_gate(gates: torch.Tensor, place: GatePlace, member: int) -> float | None:
     """Mean of gates [members gated, s, b] for one member (0: the hub, which a Hub-into-Experts layer does not gate)."""
-    row = member - 1 if point.kind == "hub_into_experts" else member
+    row = member if place.gates_hub else member - 1
     return None if row < 0 else gates[row].mean().item()
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megabts.bts.gates import gate_places
 from megabts.bts.model import BTSModel
 from megabts.build import Built
 from megabts.config.model import ModelConfig
@@ -77,12 +78,12 @@ class Served:
 
     def describe(self) -> dict[str, Any]:
         """The `megabts` object of /v1/models."""
-        members, layers = [], []
+        members, places = [], []
         if isinstance(self.model, BTSModel):
             members = list(self.model.bts.members)
-            layers = [
-                {"index": index, "kind": point.kind, "layer": point.after}
-                for index, point in enumerate(self.model.plan)
+            places = [
+                {"index": index, "kind": place.kind, "layer": place.after}
+                for index, place in enumerate(gate_places(self.model))
             ]
         longest = min(self.model_config.max_seq_len, self.limits.max_tokens)
-        return {"method": self.method, "members": members, "stitch_layers": layers, "max_tokens": longest}
+        return {"method": self.method, "members": members, "gate_places": places, "max_tokens": longest}

@@ -2,9 +2,10 @@
 
 A gate is a vector per member and token; its value here is the mean over the hidden dimensions. Experts-into-Hub: shares
 of the hub's new state, which sum to 1. Hub-into-Experts: what each expert takes of the hub's state; the hub has none.
+Output mixture: one number per member and token, shares of the next token's probabilities, which sum to 1.
 
-A text may consist of several parts, between which its context switches. Parts are tokenized apart, so that every token
-belongs to one, and joined by an empty line.
+A text may consist of several parts, say of different subjects. Parts are tokenized apart, so that every token belongs
+to one, and joined by an empty line.
 """
 
 import json
@@ -19,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
-from megabts.bts.gates import record_gates
+from megabts.bts.gates import OUTPUT_TITLE, gate_places, record_gates
 from megabts.bts.model import BTSModel
 from megabts.errors import UsageError, UserError
 from megabts.inference.generate import evaluating, score
@@ -31,6 +32,8 @@ from megabts.viz.overlay import DASHES
 from megabts.viz.records import Record
 
 SEPARATOR = "\n\n"
+OUTPUT, ALL = "output", "all"
+"""What `choose_layers` calls the mixture of outputs, and all there is."""
 MAX_LABELLED = 72
 """With more tokens than this their numbers stand at the axis, and not their texts."""
 LABEL_LETTERS = 14
@@ -49,9 +52,9 @@ MARKS = {"\n": "↵", "\t": "⇥", " ": "·"}
 class GateTrace(Record):
     """Gate values along one text.
 
-    `tokens`: the text's pieces, "" for one that ends within a character, which the next one has; `layers`: names as in
-    `GateTable`; `values[layer][member][token]`, None where a member has no gate; `switches`: the first token of every
-    part but the first.
+    `tokens`: the text's pieces, "" for one that ends within a character, which the next one has; `layers`: titles of
+    `bts.gates.gate_places`, an output mixture last; `values[layer][member][token]`, None where a member has no gate;
+    `switches`: the first token of every part but the first.
     """
 
     members: list[str]
@@ -80,16 +83,17 @@ def trace_gates(model: BTSModel, tokenizer: Tokenizer, parts: Sequence[str]) -> 
     with evaluating(model), torch.inference_mode(), record_gates(model) as record:
         score(model, ids, tokenizer.eod_id)
     values: list[list[list[float | None]]] = []
-    for index, point in enumerate(model.plan):
-        (gates,) = record.layers[index]  # [members gated, s, 1]
+    places = gate_places(model)
+    for index, place in enumerate(places):
+        (gates,) = record.places[index]  # [members gated, s, 1]
         rows = [[round(value, 6) for value in row] for row in gates[:, :, 0].tolist()]
-        hub: list[list[float | None]] = [] if point.kind == "experts_into_hub" else [[None] * len(ids)]
+        hub: list[list[float | None]] = [] if place.gates_hub else [[None] * len(ids)]
         values.append([*hub, *rows])
     starts = [sum(map(len, encoded[:number])) for number in range(1, len(encoded))]
     stream = TextStream(tokenizer, [])
     tokens = [stream.add(token) for token in ids]
     tokens[-1] += stream.finish()
-    return GateTrace(list(model.bts.members), [point.title for point in model.plan], tokens, values, starts)
+    return GateTrace(list(model.bts.members), [place.title for place in places], tokens, values, starts)
 
 
 def _check(ids: Sequence[int], model: BTSModel) -> None:
@@ -105,14 +109,17 @@ def _check(ids: Sequence[int], model: BTSModel) -> None:
         )
 
 
-def choose_layers(trace: GateTrace, wanted: Sequence[int]) -> GateTrace:
-    """Only the stitch layers after these layers of the members; none: all. Raises UsageError for one not there."""
-    after = [int(name.split(",")[0].removeprefix("layer ")) for name in trace.layers]
-    for layer in wanted:
-        if layer not in after:
-            known = ", ".join(map(str, after))
-            raise UsageError(f"--layer {layer}: there is no stitch layer after layer {layer}; there are {known}")
-    kept = [place for place, layer in enumerate(after) if layer in wanted or not wanted]
+def choose_layers(trace: GateTrace, wanted: Sequence[str]) -> GateTrace:
+    """Only the stitch layers after these layers of the members, `output` (the mixture's), or `all`.
+
+    None: where the output is a mixture it alone, for it decides; else all. Raises UsageError for one not there.
+    """
+    names = [OUTPUT if title == OUTPUT_TITLE else title.split(",")[0].removeprefix("layer ") for title in trace.layers]
+    for name in wanted:
+        if name not in (*names, ALL):
+            raise UsageError(f"--layer {name}: there are no gates of that name; there are {', '.join([*names, ALL])}")
+    wanted = wanted or ([OUTPUT] if OUTPUT in names else [ALL])
+    kept = [place for place, name in enumerate(names) if name in wanted or ALL in wanted]
     layers, values = [trace.layers[place] for place in kept], [trace.values[place] for place in kept]
     return GateTrace(trace.members, layers, trace.tokens, values, trace.switches)
 
@@ -124,7 +131,7 @@ def write_trace(trace: GateTrace, path: Path) -> None:
 
 
 def draw_gates(trace: GateTrace, path: Path) -> None:
-    """Write a picture (type by the name's ending): a panel per stitch layer, a line per member, switches dashed.
+    """Write a picture (type by the name's ending): a panel per place, a line per member, switches dashed.
 
     Members differ in colour and in dashes, and are named at their lines' ends. The folder is made as needed.
     """
@@ -143,7 +150,7 @@ def draw_gates(trace: GateTrace, path: Path) -> None:
             panels[-1].set_xlabel("token")
         for axes, name, rows in zip(panels, trace.layers, trace.values, strict=True):
             axes.set_title(name, loc="left", fontsize=9)
-            axes.set_ylabel("gate, mean")
+            axes.set_ylabel("gate" if name == OUTPUT_TITLE else "gate, mean")
             axes.set_ylim(0, 1.05 * max(value for row in rows for value in row if value is not None))
             axes.grid(True, axis="y", color="#dfe3e8", linewidth=0.6)
             for switch in trace.switches:

@@ -36,6 +36,7 @@ BTS: dict[str, dict[str, Any]] = {
     "alternating": {"num_stitch_layers": 2},  # 2 does not divide 5 layers
     "unchanged": {"num_stitch_layers": 4, "alternating": False, "expert_stream": "unchanged"},
     "one": {"num_stitch_layers": 1},
+    "placed": {"num_stitch_layers": 3, "placement": [1, 4, 5]},
     "preserving": {"num_stitch_layers": 5, "start": "hub_preserving"},
     "mixture": {"num_stitch_layers": 2, "output": "mixture", "gate": "token"},
     "evidence": {"num_stitch_layers": 2, "output": "mixture", "evidence": 3},
@@ -52,11 +53,11 @@ def dense(**sizes: Any) -> Decoder:
     return shake(model)
 
 
-def stitched(**settings: Any) -> BTSModel:
+def stitched(sizes: dict[str, Any] | None = None, **settings: Any) -> BTSModel:
     """A hub and two experts at different random weights, with random stitches."""
     mesh = ParallelMesh()
     bts = BTSConfig("hub", {"code": "code", "math": "math"}, gate_dropout=0.5, **settings)
-    model = BTSModel(ModelConfig(**SIZES), bts, TorchBackend(torch.float32, "cpu", mesh.tp))
+    model = BTSModel(ModelConfig(**{**SIZES, **(sizes or {})}), bts, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(named_metas(model), 2, mesh)
     return shake(model)
 

@@ -1,5 +1,6 @@
 """tools/generate.py on real folders: a Hugging Face one without a tokenizer and a stitched checkpoint with one."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.protocol import checkpoint_files
+from tests.bts.output_gates import output_gates
+from tests.serving.tiny import SIZES, write_stitched
 from tests.tools import RunTool
 
 ROOT = Path(__file__).parents[2]
@@ -117,11 +120,33 @@ def test_gates(tool: RunTool, stitched: Path) -> None:
     assert isinstance(model, BTSModel)
     with record_gates(model) as record, torch.no_grad():
         score(model, tokens)
-    dominant = record.layers[2][0].squeeze(-1).argmax(0).tolist()
+    dominant = record.places[2][0].squeeze(-1).argmax(0).tolist()
     shares = {row.split()[0]: row.split()[1] for row in rows}
     assert shares == {
         name: f"{dominant.count(index) / len(tokens):.1%}" for index, name in enumerate(("hub", "code", "math"))
     }
+
+
+def test_gates_of_a_mixture_are_its_output_s(tool: RunTool, tmp_path: Path) -> None:
+    """Each prompt is a document that begins anew; the members' gates are those of what was printed."""
+    sizes = replace(SIZES, cross_document_attention=False)
+    checkpoint = write_stitched(tmp_path / "tiny", sizes=sizes, output="mixture", evidence=5)
+    arguments = ("--checkpoint", str(checkpoint), "--temperature", "0", "--max-new-tokens", "7", "--gates")
+    prompts = ["", "def f(x):"]
+    code, out, err = tool(*arguments, *(part for prompt in prompts for part in ("--prompt", prompt)))
+    assert code == 0, err
+    model = load_model(checkpoint, ParallelMesh(), torch.float32, "cpu").model
+    assert isinstance(model, BTSModel)
+    texts = [[256], list(prompts[1].encode())]
+    eod = 256
+    rows = generate(model, texts, GenerationSettings(7, stop_ids=(eod,), eod_id=eod, num_ids=257))
+    gates = torch.cat([output_gates(model, [*text, *row], eod) for text, row in zip(texts, rows, strict=True)])
+    title, *rows_told = out.splitlines()[-4:]
+    assert title.startswith(f"output mixture, {len(gates)} tokens: ")
+    leads = gates.argmax(1).tolist()
+    for index, name in enumerate(("hub", "code", "math")):
+        share, mean = leads.count(index) / len(gates), gates[:, index].mean()
+        assert rows_told[index].split() == [name, f"{share:.1%}", f"{mean:.3f}"]
 
 
 def test_without_an_expert_is_the_checkpoint_without_it(tool: RunTool, stitched: Path) -> None:

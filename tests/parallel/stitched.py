@@ -90,7 +90,7 @@ def outcome(model: BTSModel, parts: Sequence[BTSModel] = ()) -> Outcome:
     model.eval()
     with record_gates(model) as record, torch.no_grad():
         logits = model.logits(model.run_layers(0, model.config.num_layers, model.embed(TOKENS), _context(model)))
-    return Outcome(loss, gradients, logits, {index: gates[0] for index, gates in record.layers.items()})
+    return Outcome(loss, gradients, logits, {index: gates[0] for index, gates in record.places.items()})
 
 
 def train(model: BTSModel) -> Tensor:

@@ -19,6 +19,7 @@ LAYERS = [
     {"index": 0, "kind": "hub_into_experts", "layer": 2},
     {"index": 1, "kind": "experts_into_hub", "layer": 4},
 ]
+MIXTURE = {"index": 2, "kind": "output_mixture", "layer": 4}
 ANSWER = [" <img src=x onerror='document.title=1'>", "", " é", "\n", "=1+1", " \u202eabc", "<b>", "\t", ' "end", ']
 WITHOUT = [" nothing", " of", " it"]
 ERRORS = {
@@ -28,12 +29,16 @@ ERRORS = {
 }
 
 
-def gates_of(place: int, without: list[str]) -> list[list[float | None]]:
-    """Made-up gates of the token at this place: in the last layer members lead in turn."""
+def gates_of(place: int, without: list[str], mixture: bool = False) -> list[list[float | None]]:
+    """Made-up gates of the token at this place: in the last layer members lead in turn; an output
+    mixture, if there is one, is the last member's.
+    """
     members = [member for member in MEMBERS if member not in without]
     first = [None, *(round(0.9 - 0.2 * index - 0.001 * place, 4) for index in range(len(members) - 1))]
     last = [0.6 if index == place % len(members) else 0.4 / (len(members) - 1) for index in range(len(members))]
-    return [first, last]
+    if not mixture:
+        return [first, last]
+    return [first, last, [0.2 / (len(members) - 1)] * (len(members) - 1) + [0.8]]
 
 
 def leader(place: int, layer: int, without: list[str]) -> str:
@@ -48,9 +53,10 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, method: str = "bts", key: str = "") -> None:
+    def __init__(self, method: str = "bts", key: str = "", mixture: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.method, self.key = method, key
+        self.method, self.key, self.mixture = method, key, mixture
+        self.places = [*LAYERS, *([MIXTURE] if mixture else [])] if method == "bts" else []
         self.bodies: list[dict[str, Any]] = []
         self.left = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/"
@@ -91,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models" and self.authorised():
             bts = self.server.method == "bts"
             about = {"method": self.server.method, "max_tokens": 512, "members": MEMBERS if bts else []}
-            model = {"id": "made-up", "megabts": {**about, "stitch_layers": LAYERS if bts else []}}
+            model = {"id": "made-up", "megabts": {**about, "gate_places": self.server.places}}
             self.answer(200, json.dumps({"data": [model]}).encode())
 
     def do_POST(self) -> None:
@@ -121,9 +127,10 @@ class Handler(BaseHTTPRequestHandler):
         without, gates, place = body.get("without", []), body.get("gates", False), 0
         if gates:
             words = re.findall(r"\s*\S+|\s+", body["prompt"])  # as a tokenizer that drops leading blanks shows them
-            tokens = [{"text": word.lstrip(" "), "gates": gates_of(n, without)} for n, word in enumerate(words)]
+            tokens = [{"text": word.lstrip(" "), **self.gates(True, n, without)} for n, word in enumerate(words)]
+            tokens = tokens or [{"text": "<start>", **self.gates(True, 0, without)}]
             self.tell(prompt_tokens=tokens)
-            place = len(tokens)
+            place = len(words)
         for number in range(10_000):
             texts = WITHOUT if without else ANSWER
             text = f" {number}" if body["prompt"] == "slow" else texts[number]
@@ -138,4 +145,4 @@ class Handler(BaseHTTPRequestHandler):
             self.write("[DONE]")
 
     def gates(self, wanted: bool, place: int, without: list[str]) -> dict[str, Any]:
-        return {"gates": gates_of(place, without)} if wanted else {}
+        return {"gates": gates_of(place, without, self.server.mixture)} if wanted else {}

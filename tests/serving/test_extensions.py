@@ -57,6 +57,29 @@ def test_gates_of_a_whole_answer_are_the_streams(server: ServerProcess) -> None:
     assert choice["text"] == server.complete(PROMPT, max_tokens=5)["choices"][0]["text"]
 
 
+@pytest.mark.parametrize("without", [(), ("math",)])
+def test_gates_of_a_mixture_end_with_its_output_s(
+    mixture_server: ServerProcess, mixture: Path, without: tuple[str, ...]
+) -> None:
+    places = mixture_server.ask("/v1/models")[1]["data"][0]["megabts"]["gate_places"]
+    assert [(place["index"], place["kind"], place["layer"]) for place in places] == [
+        (0, "hub_into_experts", 2),
+        (1, "experts_into_hub", 4),
+        (2, "output_mixture", 4),
+    ]
+    asked = {"prompt": PROMPT, "max_tokens": 6, "gates": True, "without": list(without)}
+    first, *rest = streamed(mixture_server, **asked)
+    model, ids = load(mixture, without), list(PROMPT.encode())
+    expected = oracle(model, [*ids, *generate(model, [ids], GenerationSettings(6))[0]])
+    found = [token["gates"] for token in first["prompt_tokens"]] + [choice["gates"] for choice in rest[1:]]
+    assert len(found) == len(expected) - 1
+    for gates, known in zip(found, expected, strict=False):
+        assert [len(place) for place in gates] == [3 - len(without)] * 3
+        assert flat(gates) == pytest.approx(flat(known), abs=1e-4)
+        assert sum(gates[-1]) == pytest.approx(1, abs=2e-4)
+    assert len({gates[-1][0] for gates in found}) > len(found) // 2  # tokens differ
+
+
 @pytest.mark.parametrize("names", [("code",), ("math",)])
 def test_without_is_the_model_without(server: ServerProcess, checkpoint: Path, names: tuple[str, ...]) -> None:
     (choice,) = server.complete(PROMPT, max_tokens=12, without=list(names), gates=True)["choices"]

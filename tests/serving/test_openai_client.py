@@ -189,7 +189,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert model.megabts == {  # type: ignore[attr-defined]
         "method": "bts",
         "members": ["hub", "code", "math"],
-        "stitch_layers": [
+        "gate_places": [
             {"index": 0, "kind": "hub_into_experts", "layer": 2},
             {"index": 1, "kind": "experts_into_hub", "layer": 4},
         ],

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.serving.fake_server import ANSWER, LAYERS, MEMBERS, WITHOUT, FakeServer, gates_of, leader
+from tests.serving.fake_server import ANSWER, LAYERS, MEMBERS, MIXTURE, WITHOUT, FakeServer, gates_of, leader
 from tests.serving.process import ServerProcess
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
@@ -239,6 +239,48 @@ def test_settings_reach_the_server(visit: Open, fake: FakeServer) -> None:
     assert fake.bodies[-1] == {**expected, "gates": True, "without": []}
 
 
+def test_the_token_that_an_empty_prompt_starts_from_is_not_counted(visit: Open, fake: FakeServer) -> None:
+    page = visit(fake.url)
+    generate(page, "")
+    content = json.loads(saved(page, "JSON"))
+    assert [token["text"] for token in content["tokens"]] == ANSWER
+    expect(page.locator("article .note").first).to_contain_text(f"share of {len(ANSWER)} tokens")
+    page.locator(".tokens > span").first.hover()
+    expect(page.locator("caption")).to_contain_text("Token 1: ·<img")
+
+
+def test_the_output_s_mixture_is_shown_unless_a_stitch_layer_is_chosen(visit: Open) -> None:
+    server = FakeServer(mixture=True)
+    page = visit(server.url)
+    generate(page, PROMPT)
+    expect(page.locator("#about")).to_contain_text("3 members, 2 stitch layers and an output mixture, up to")
+    expect(page.locator("#layer option:checked")).to_have_text("output mixture")
+    assert set(members_of(page)) == {"math"}
+    expect(page.locator("article .note").first).to_contain_text("hub 0 %, code 0 %, math 100 %")
+    page.locator(".tokens > span").first.hover()
+    rows = page.locator("tbody tr")
+    assert rows.last.text_content() == "output mixture0.1000.1000.800"
+    expect(rows.last).to_have_class("chosen")
+    assert page.locator("svg text").first.text_content() == "gate"
+    name = page.locator("article svg").get_attribute("aria-label")
+    assert name == f"Gate values along {len(WORDS + ANSWER)} tokens, output mixture"
+    table = list(csv.reader(io.StringIO(saved(page, "CSV"))))
+    assert [row[4:] for row in table[3::3]] == [["output_mixture", "0.1", "0.1", "0.8"]] * len(WORDS + ANSWER)
+    content = json.loads(saved(page, "JSON"))
+    assert content["gate_places"] == [*LAYERS, MIXTURE]
+    assert [token["gates"] for token in content["tokens"]] == [
+        gates_of(n, [], True) for n in range(len(content["tokens"]))
+    ]
+    page.select_option("#layer", "1")
+    assert members_of(page)[:3] == MEMBERS
+    assert page.locator("svg text").first.text_content() == "mean gate"
+    page.select_option("#layer", "2")
+    page.get_by_role("switch", name="math").click()
+    expect(page.locator("#status")).to_contain_text("Done: 3 tokens")
+    assert set(members_of(page)) == {"code"}
+    server.end()
+
+
 def test_a_key_is_asked_for_and_sent(visit: Open) -> None:
     server = FakeServer(key="secret")
     page = visit(server.url)
@@ -298,7 +340,7 @@ def test_values_and_plot_are_saved(visit: Open, fake: FakeServer) -> None:
     content = json.loads(saved(page, "JSON"))
     assert [token["text"] for token in content["tokens"]] == texts
     assert [token["gates"] for token in content["tokens"]] == [gates_of(place, []) for place in range(len(texts))]
-    assert (content["model"], content["members"], content["stitch_layers"]) == ("made-up", MEMBERS, LAYERS)
+    assert (content["model"], content["members"], content["gate_places"]) == ("made-up", MEMBERS, LAYERS)
     assert (content["parts"], content["without"], content["settings"]["seed"]) == ([PROMPT], [], 0)
 
     rows = list(csv.reader(io.StringIO(saved(page, "CSV"))))

@@ -36,7 +36,7 @@ def test_names_and_members(checkpoint: Path, tmp_path: Path) -> None:
     assert small.describe()["members"] == ["hub", "math"]
     run = served(write_dense(tmp_path / "dense" / "step_00000003", 0))
     assert (run.name, run.method, run.stitched) == ("dense", "dense", False)
-    assert run.describe() == {"method": "dense", "members": [], "stitch_layers": [], "max_tokens": 256}
+    assert run.describe() == {"method": "dense", "members": [], "gate_places": [], "max_tokens": 256}
 
 
 def test_tokenizers_must_be_there_and_fit(checkpoint: Path) -> None:

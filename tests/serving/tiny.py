@@ -1,6 +1,7 @@
 """Small random models of bytes on disk, whose greedy completions go on for as long as they are let."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,12 +42,16 @@ def write_dense(folder: Path, seed: int, sizes: ModelConfig = SIZES) -> Path:
     return _write(folder, RunConfig(model=sizes), tensors, [])
 
 
-def write_stitched(folder: Path, damage: float = 0.0, sizes: ModelConfig = SIZES) -> Path:
-    """A BTS checkpoint with its members beside it; `damage` is added to every number of the stitches."""
+def write_stitched(folder: Path, damage: float = 0.0, sizes: ModelConfig = SIZES, **settings: Any) -> Path:
+    """A BTS checkpoint with its members beside it, in a form of these `bts` settings.
+
+    `damage` is added to every number of the stitches.
+    """
     members = {
         name: write_dense(folder.parent / "members" / name, seed, sizes) for seed, name in enumerate(("hub", *EXPERTS))
     }
-    bts = BTSConfig(str(members["hub"]), {name: str(members[name]) for name in EXPERTS}, num_stitch_layers=2)
+    experts = {name: str(members[name]) for name in EXPERTS}
+    bts = BTSConfig(str(members["hub"]), experts, num_stitch_layers=2, **settings)
     mesh = ParallelMesh()
     model = BTSModel(sizes, bts, TorchBackend(torch.float32, "cpu", mesh.tp))
     initialise(model.own_parameters(), 0, mesh)

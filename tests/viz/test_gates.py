@@ -17,6 +17,7 @@ from megabts.parallel.mesh import ParallelMesh
 from megabts.tokenizers.build import build_tokenizer
 from megabts.viz.figures import PALETTE
 from megabts.viz.gates import MAX_LABELLED, GateTrace, choose_layers, draw_gates, label_of, trace_gates
+from tests.bts.output_gates import output_gates
 from tests.serving.tiny import write_dense, write_stitched
 from tests.tools import RunTool
 
@@ -55,8 +56,8 @@ def test_values_are_those_of_one_pass_over_the_parts(model: BTSModel) -> None:
         score(model, ids)
     first, last = (torch.tensor(rows) for rows in (trace.values[0][1:], trace.values[1]))
     assert trace.values[0][0] == [None] * len(ids)
-    torch.testing.assert_close(first, record.layers[0][0][:, :, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(last, record.layers[1][0][:, :, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(first, record.places[0][0][:, :, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(last, record.places[1][0][:, :, 0], rtol=0, atol=1e-6)
     torch.testing.assert_close(last.sum(0), torch.ones(len(ids)), rtol=0, atol=1e-5)
     assert last.std(1).min() > 1e-3  # tokens differ
 
@@ -67,6 +68,33 @@ def test_a_model_in_training_is_traced_without_dropout_and_left_training(model: 
     assert trace_gates(model, build_tokenizer("bytes"), ["abc"]) == still
     assert model.training
     model.eval()
+
+
+def test_a_mixture_s_output_is_drawn_unless_something_else_is_asked_for(tool: RunTool, tmp_path: Path) -> None:
+    checkpoint = write_stitched(tmp_path / "tiny", output="mixture", evidence=4)
+    loaded = load_model(checkpoint, ParallelMesh(), torch.float32, "cpu").model
+    assert isinstance(loaded, BTSModel)
+    trace = trace_gates(loaded, build_tokenizer("bytes"), PARTS)
+    assert trace.layers == ["layer 2, Hub-into-Experts", "layer 4, Experts-into-Hub", "output mixture"]
+    found, ids = torch.tensor(trace.values[2]), list("\n\n".join(PARTS).encode())
+    torch.testing.assert_close(found.T, output_gates(loaded, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.sum(0), torch.ones(len(ids)), rtol=0, atol=1e-5)
+    for wanted, kept in (([], [2]), (["output"], [2]), (["output", "2"], [0, 2]), (["all"], [0, 1, 2]), (["4"], [1])):
+        chosen = choose_layers(trace, wanted)
+        assert (chosen.layers, chosen.values) == ([trace.layers[n] for n in kept], [trace.values[n] for n in kept])
+
+    picture = tmp_path / "a.svg"
+    arguments = ["--checkpoint", checkpoint, "--prompt", PARTS[0], "--switch", PARTS[1], "--switch", PARTS[2]]
+    done = tool(*arguments, "--out", picture, "--json", tmp_path / "a.json")
+    assert done == (0, f"wrote {picture}; tokens: {len(ids)}, panels: 1\n", "")
+    assert GateTrace.from_dict(json.loads((tmp_path / "a.json").read_text())) == choose_layers(trace, [])
+    assert [len(line) for colour in PALETTE[:3] for line in lines_of(picture, colour)] == [len(ids)] * 3
+    words = picture.read_text()
+    assert ">output mixture<" in words
+    assert "gate, mean" not in words
+    done = tool(*arguments, "--without", "code", "--layer", "all", "--out", picture)
+    assert done == (0, f"wrote {picture}; tokens: {len(ids)}, panels: 3\n", "")
+    assert ">code<" not in picture.read_text()
 
 
 def made_up(num_tokens: int, switches: list[int]) -> GateTrace:
@@ -127,10 +155,13 @@ def test_labels_can_be_read() -> None:
 def test_layers_are_chosen_by_where_they_are() -> None:
     trace = made_up(3, [1])
     assert choose_layers(trace, []) == trace
-    last = choose_layers(trace, [4])
+    assert choose_layers(trace, ["all"]) == trace
+    last = choose_layers(trace, ["4"])
     assert (last.layers, last.values, last.switches) == (trace.layers[1:], trace.values[1:], [1])
-    with pytest.raises(UsageError, match="--layer 3: there is no stitch layer after layer 3; there are 2, 4"):
-        choose_layers(trace, [4, 3])
+    for absent in ("3", "output"):
+        told = f"--layer {absent}: there are no gates of that name; there are 2, 4, all$"
+        with pytest.raises(UsageError, match=told):
+            choose_layers(trace, ["4", absent])
 
 
 def test_what_cannot_be_traced(model: BTSModel) -> None:
@@ -150,10 +181,10 @@ def test_the_tool_draws_and_keeps_values(tool: RunTool, checkpoint: Path, model:
     picture, values = tmp_path / "out" / "a.png", tmp_path / "values" / "a.json"
     arguments = ["--prompt", PARTS[0], "--switch", PARTS[1], "--switch-file", tmp_path / "part.txt"]
     done = tool("--checkpoint", checkpoint, *arguments, "--layer", "4", "--out", picture, "--json", values)
-    assert done == (0, f"wrote {picture}; tokens: 32, stitch layers: 1\n", "")
+    assert done == (0, f"wrote {picture}; tokens: 32, panels: 1\n", "")
     assert picture.stat().st_size > 10_000
     kept = GateTrace.from_dict(json.loads(values.read_text()))
-    assert kept == choose_layers(trace_gates(model, build_tokenizer("bytes"), PARTS), [4])
+    assert kept == choose_layers(trace_gates(model, build_tokenizer("bytes"), PARTS), ["4"])
     done = tool("--checkpoint", checkpoint, "--prompt", "abc", "--without", "code", "--out", tmp_path / "b.pdf")
     assert done[0] == 0
     assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
