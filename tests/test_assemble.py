@@ -310,9 +310,11 @@ def test_stitch_tool(
     assert here("stitch", monkeypatch, "remove", "--checkpoint", wide, "--expert", "code", "--out", less) == 0
     assert load(less).bts.members == ("hub", "math")
     options = ["--start", "hub_leaning", "--experts-into-hub-only", "--expert-stream", "unchanged"]
+    options += ["--num-stitch-layers", "3", "--placement", "1", "4", "5"]
     assert here("stitch", monkeypatch, "--hub", seed, "--expert", f"a={code}", *options, "--out", other) == 0
     bts = load(other).bts
     assert (bts.start, bts.alternating, bts.expert_stream) == ("hub_leaning", False, "unchanged")
+    assert [point.after for point in load(other).plan] == bts.placement == [1, 4, 5]
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +332,7 @@ MISTAKES = [
     ("stitch --hub SEED --expert a=CODE --expert a=SEED --out OUT", 2, "an expert is named twice"),
     ("stitch --hub SEED --expert a=CODE --num-stitch-layers 9 --out OUT", 2, "num_stitch_layers 9 is more than"),
     ("stitch --hub SEED --expert a=CODE --num-stitch-layers 0 --out OUT", 2, "it must be at least 1"),
+    ("stitch --hub SEED --expert a=CODE --placement 4 5 --out OUT", 2, "set bts.num_stitch_layers 2, or another"),
     ("stitch --hub SEED --expert hub=CODE --out OUT", 2, "a member named 'hub'"),
     ("stitch --hub SEED --expert train=CODE --out OUT", 2, "a member named 'train'"),
     ("stitch --hub SEED --expert a=SEED --out OUT", 2, "have the same weights"),

@@ -35,6 +35,7 @@ from tests.convert.stitched import (
 NAMES = ("hub", "code", "math-2")
 FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "paper": ("llama", {"num_stitch_layers": 3}, {}),
+    "placed": ("llama", {"num_stitch_layers": 3, "placement": [1, 3, 4]}, {}),
     "unchanged": (
         "qwen3",
         {"num_stitch_layers": 4, "alternating": False, "expert_stream": "unchanged", "gate_input": "normalised"},

@@ -81,6 +81,7 @@ TOPOLOGIES = {
 MODELS = (
     *("dense", "dense one kv head", "dense tied", "dense documents"),
     *("bts", "bts one kv head", "bts reduce", "bts dropout", "bts documents", "bts forms", "bts forms mixture"),
+    "bts placed",
 )
 
 
@@ -116,6 +117,8 @@ def command_line(folder: Path, run_dir: Path, model: str, parallel: dict[str, An
         }
     if "forms" in model:
         settings |= {"bts.gate": "token", "bts.gate_input": "normalised", "bts.projection_rank": 3}
+    if "placed" in model:
+        settings |= {"bts.num_stitch_layers": 3, "bts.placement": [1, 3, 4]}
     if "mixture" in model:
         settings |= {"bts.output": "mixture", "bts.gate_dropout": 0.2}
     settings |= {

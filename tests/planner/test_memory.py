@@ -119,6 +119,7 @@ MODELS: dict[str, Arguments] = {
     "dense, a key head each": {**SMALL, "model.num_kv_heads": 4},
     "bts": SMALL_BTS,
     "bts, own streams": {**SMALL_BTS, "bts.expert_stream": "unchanged", "bts.gate_dropout": 0},
+    "bts, placed late": {**SMALL_BTS, "bts.num_stitch_layers": 2, "bts.placement": "[3, 4]"},
     "bts, two stitches": {**SMALL_BTS, "bts.num_stitch_layers": 2, "bts.start": "hub_preserving"},
 }
 

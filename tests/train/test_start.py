@@ -195,5 +195,9 @@ def test_a_start_refuses_experts_it_does_not_have(data: Path, tmp_path: Path) ->
     assert list(again.bts.experts) == ["code", "math"]
     with pytest.raises(UsageError, match=r"has no expert words; add it with tools/stitch\.py add"):
         adopted(arguments("", ids, base, bts__experts=json.dumps({**experts, "words": str(MEMBERS / "words")})))
+    with pytest.raises(
+        UsageError, match=r"bts\.placement is \[5, 6, 7, 8\], but the weights in .* have \[\]; leave it"
+    ):
+        adopted(arguments("", ids, base, bts__placement="[5, 6, 7, 8]"))
     with pytest.raises(UsageError, match=r"bts\.trainable names"):
         adopted(arguments("", ids, base, bts__trainable='["typo"]'))
