@@ -33,7 +33,7 @@ LAYERS = (
     ("inference", "planner"),
     ("evaluation", "train", "serving"),
     ("viz",),
-    ("experiment",),
+    ("experiment", "benchmark"),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 

@@ -1,0 +1,64 @@
+"""Measure speed against yardsticks, in one run on this machine, and say which lines hold.
+
+python tools/benchmark.py --suite data
+python tools/benchmark.py --suite data --only preprocess --data corpus.jsonl --json data.json
+
+Contestants take turns, after a warm-up; a ratio's median and spread (half the interquartile range) are of the rounds'
+own ratios. Other programs make timings void, so their load is looked at before and after each benchmark; a busy machine
+is refused. The exit code is 1 when a line is missed or the machine became busy.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megabts.config.tool_parser import ToolParser
+from megabts.errors import UsageError, UserError, run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line. Raises UsageError."""
+    from megabts.benchmark.suite import SUITES
+
+    parser = ToolParser(description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, required=True, help="which benchmarks")
+    parser.add_argument("--only", default="", metavar="NAME", help="one of them")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write all numbers to F")
+    parser.add_argument("--busy", action="store_true", help="measure on a busy machine too; the table says so")
+    parser.add_argument("--data", type=Path, metavar="F", help="data suite: JSON lines (default: the built-in corpora)")
+    parser.add_argument("--tokenizer", default="", metavar="T", help="data suite: default: one trained on the text")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="X times the data: for a quick look")
+    args = parser.parse_args()
+    if not 0 < args.scale <= 100:
+        raise UsageError(f"--scale {args.scale:g}: give a factor above 0, up to 100")
+    if args.json and not args.json.parent.is_dir():
+        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}; make it, or name another file")
+    return args
+
+
+def main() -> int:
+    """Run the suite, print the table, write the JSON."""
+    args = parse_args()
+    from megabts.benchmark.machine import describe_machine
+    from megabts.benchmark.suite import Settings, choose_benchmarks, results_json, results_text, run_suite
+    from megabts.checkpoint.durable import replace_text
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    benchmarks = choose_benchmarks(args.suite, args.only)
+    settings = Settings(args.data, args.tokenizer, args.scale, progress)
+    results = run_suite(args.suite, benchmarks, settings, args.busy)
+    machine = describe_machine()
+    print(results_text(results, machine))
+    if args.json:
+        try:
+            replace_text(args.json, json.dumps(results_json(results, machine), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {args.json} cannot be written: {error.strerror}") from error
+    return 1 if results.missed or (results.busy and not args.busy) else 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
