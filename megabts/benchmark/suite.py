@@ -160,7 +160,7 @@ def results_text(results: Results, machine: dict[str, object]) -> str:
         head.append("THE MACHINE WAS BUSY: these timings are void")
     if results.scale != 1:
         head.append(f"SCALE {results.scale:g}: too little data for the lines below")
-    cells = [("benchmark", "ours", "yardstick", "value", "spread", "line", "", "")]
+    cells: list[tuple[str, ...]] = [("benchmark", "ours", "yardstick", "value", "spread", "line", "", "")]
     cells += [_cells(row) for row in results.rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
