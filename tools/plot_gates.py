@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="N",
-        help="only the stitch after layer N, or output, or all; may be repeated (default: output if it mixes, else all)",
+        help="only the stitch after layer N, or output, or all; repeatable (default: output if it mixes, else all)",
     )
     add("--out", type=Path, required=True, metavar="FILE", help="picture to write (.png, .svg, .pdf)")
     add("--json", type=Path, metavar="FILE", help="write the values, too")

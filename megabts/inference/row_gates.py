@@ -1,7 +1,7 @@
 """What members count for each row of a batch: mean gates of every place (`bts.gates`), as one step saw them.
 
-A gate belongs to the position whose hidden state, or next token's probabilities, it mixes. The last position of a row's forward pass is the one that
-its next token is chosen at.
+A gate belongs to the position whose hidden state it mixes, or whose probabilities of the next token. The last position
+of a row's forward pass is the one that its next token is chosen at.
 """
 
 from collections.abc import Iterator, Sequence
