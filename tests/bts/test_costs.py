@@ -33,6 +33,9 @@ def bts(trainable: list[str] | None = None, **settings: Any) -> BTSConfig:
     return BTSConfig(hub="h", experts=experts, trainable=trainable or ["*"], **settings)
 
 
+PLACES: tuple[int | list[int], ...] = (1, 3, 4, 8, [5, 6, 7, 8], [1, 2, 8])
+
+
 def placed(layers: int | list[int]) -> dict[str, Any]:
     """Settings of so many stitch layers, or of these."""
     if isinstance(layers, int):
@@ -42,7 +45,7 @@ def placed(layers: int | list[int]) -> dict[str, Any]:
 
 def test_parts_add_up_to_the_model() -> None:
     for k, alternating, stream, trainable in product(
-        (1, 3, 4, 8, [5, 6, 7, 8], [1, 2, 8]),
+        PLACES,
         (True, False),
         ("projected", "unchanged"),
         (["*"], ["code"], ["hub"], ["hub", "math"]),
@@ -56,7 +59,7 @@ def test_parts_add_up_to_the_model() -> None:
 
 
 def test_a_stage_has_a_backward_where_the_flow_says_so() -> None:
-    for k, trainable in product((1, 3, 4, 8, [5, 6, 7, 8], [1, 2, 8]), (["*"], ["code"], ["hub"])):
+    for k, trainable in product(PLACES, (["*"], ["code"], ["hub"])):
         config = bts(trainable, **placed(k))
         flows = gradient_flow(stitch_plan(8, config), config)
         flags = stages_with_backward(bts_costs(CONFIG, config, 32).of_stages(range(1, 8)))

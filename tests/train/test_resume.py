@@ -207,6 +207,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "seq_length": ({"data__seq_length": 16}, "data.seq_length: 32 -> 16"),
     "batch": ({"train__global_batch": 8}, "train.global_batch: 4 -> 8"),
     "lr": ({"optimizer__lr": 0.02}, "optimizer.lr: 0.01 -> 0.02"),
+    "stitches": (
+        {"bts__num_stitch_layers": 2, "bts__placement": "[3, 4]"},
+        "bts.num_stitch_layers: 4 -> 2; bts.placement: [] -> [3, 4]",
+    ),
     "dtype": ({"precision__dtype": "bfloat16"}, "precision.dtype: float32 -> bfloat16"),
 }
 
