@@ -107,8 +107,8 @@ def work(rank: int) -> None:
             check(engine, local(case, ParallelMesh()))
     # Under sequence parallelism a rank's states are of some positions, and the gates of all.
     mesh = build_mesh(ParallelConfig(tensor=2, sequence=True), 2, rank)
-    case = Case(2, {"output": "mixture", "evidence": 3})
-    model, whole = local_model_of(case, mesh, sequence=True), whole_model(case)
+    form = Case(2, {"output": "mixture", "evidence": 3})
+    model, whole = local_model_of(form, mesh, sequence=True), whole_model(form)
     with record_gates(model) as record:
         train(model)
     (gates,) = record.places[len(model.plan)]

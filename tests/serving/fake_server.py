@@ -30,15 +30,14 @@ ERRORS = {
 
 
 def gates_of(place: int, without: list[str], mixture: bool = False) -> list[list[float | None]]:
-    """Made-up gates of the token at this place: in the last layer members lead in turn; an output
-    mixture, if there is one, is the last member's.
-    """
+    """Made-up gates of the token at this place: in the last layer members lead in turn, in a mixture the last does."""
     members = [member for member in MEMBERS if member not in without]
     first = [None, *(round(0.9 - 0.2 * index - 0.001 * place, 4) for index in range(len(members) - 1))]
-    last = [0.6 if index == place % len(members) else 0.4 / (len(members) - 1) for index in range(len(members))]
-    if not mixture:
-        return [first, last]
-    return [first, last, [0.2 / (len(members) - 1)] * (len(members) - 1) + [0.8]]
+    last: list[float | None] = [
+        0.6 if index == place % len(members) else 0.4 / (len(members) - 1) for index in range(len(members))
+    ]
+    output: list[float | None] = [0.2 / (len(members) - 1)] * (len(members) - 1) + [0.8]
+    return [first, last, output] if mixture else [first, last]
 
 
 def leader(place: int, layer: int, without: list[str]) -> str:
