@@ -8,6 +8,7 @@ more.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -90,9 +91,12 @@ def transformers_logits(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=remote_code, local_files_only=True, output_loading_info=True
-        )
+        with TemporaryDirectory() as place:  # older versions import the code as a module of the folder's name
+            plain = Path(place, "exported")
+            plain.symlink_to(folder.resolve(), target_is_directory=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                plain, trust_remote_code=remote_code, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # the library raises everything
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"transformers does not load {folder}: {type(error).__name__}: {reason}") from error

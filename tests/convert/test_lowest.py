@@ -15,8 +15,15 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 PINS = dict(re.findall(r"^(\w+)==(\S+)$", (ROOT / "tests/lowest.txt").read_text(), re.M))
 LOWEST = Path(sys.prefix) / "lowest"
-DENSE = "tests/convert/test_dense.py::"
-TESTS = [DENSE + "test_there_and_back_is_the_same_bytes", DENSE + "test_config_is_read_in_either_form"]
+TESTS = [
+    "test_dense.py::test_there_and_back_is_the_same_bytes",
+    "test_dense.py::test_config_is_read_in_either_form",
+    "test_folder.py::test_tokenizers_give_the_same_ids_in_transformers",
+    "test_moe.py::test_transformers_computes_the_same",
+    "test_bts.py::test_transformers_computes_the_same",
+]
+NEWER = "test_moe.py::test_transformers_computes_the_same[flex_olmo]"
+"""Needs a class that the lowest version has not."""
 RUN = """
 import sys, huggingface_hub, pytest, tokenizers, transformers
 print([module.__version__ for module in (huggingface_hub, tokenizers, transformers)], flush=True)
@@ -34,8 +41,8 @@ def test_pin_is_the_lower_bound() -> None:
 def test_conversions() -> None:
     paths = os.pathsep.join([str(LOWEST), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *TESTS],
-        cwd=ROOT,
+        [sys.executable, "-c", RUN, *TESTS, "--rootdir", str(ROOT), "--deselect", f"tests/convert/{NEWER}"],
+        cwd=ROOT / "tests/convert",
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
