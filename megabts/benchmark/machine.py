@@ -2,7 +2,9 @@
 
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,6 +39,20 @@ def _own_seconds() -> float:
     """CPU seconds of this process, its threads, and children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def peak_bytes() -> int:
+    """Most memory this process had at one time.
+
+    Linux's ru_maxrss does not forget the process that started this one; /proc does.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    lines = dict(line.split(":", 1) for line in status.splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def describe_machine() -> dict[str, object]:

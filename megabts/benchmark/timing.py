@@ -1,4 +1,4 @@
-"""Timing contestants against each other in one process: round by round, so that what slows one slows the other too.
+"""Timing contestants against each other in one run: round by round, so that what slows one slows the other too.
 
 A ratio is taken within each round and its median reported: two times measured minutes apart differ by the machine's
 mood, two times of one round hardly do. The spread is half the interquartile range, which one odd round does not move.
@@ -43,14 +43,15 @@ def interleaved(
 
     A round runs every contestant once, every second round in reverse order (A B, B A, A B), so that nobody always
     runs on the heels of the same other. A contestant returns when its work is done: on a GPU it waits for the device.
+    One that returns a float has measured itself, in seconds.
     """
     assert rounds >= 1
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(-warm_up, rounds):
         for name in list(contestants)[:: 1 if number % 2 == 0 else -1]:
             start = time.perf_counter()
-            contestants[name]()
-            taken = time.perf_counter() - start
+            own = contestants[name]()
+            taken = own if isinstance(own, float) else time.perf_counter() - start
             if number >= 0:
                 seconds[name].append(taken)
             progress(f"{f'round {number + 1} of {rounds}' if number >= 0 else 'warm-up'}: {name} {taken:.3g} s")
