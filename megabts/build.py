@@ -150,6 +150,15 @@ class LoadedModel:
     tokenizer: str
     """The tokenizer's folder; "" when the checkpoint has none."""
 
+    def tokenizer_or(self, given: str | None) -> str:
+        """Of the tokenizer to use, what `build_tokenizer` takes: `given`, else the checkpoint's own.
+
+        Raises UserError when there is neither.
+        """
+        if not (given or self.tokenizer):
+            raise UserError(f"{self.folder} has no tokenizer; give --tokenizer (to the harness: tokenizer=SPEC)")
+        return given or self.tokenizer
+
 
 def new_model(
     config: RunConfig, mesh: ParallelMesh, backend: Backend, members: Mapping[str, DenseSource] | None = None

@@ -123,10 +123,12 @@ def on_data(args: argparse.Namespace) -> dict[str, Any]:
 
 def on_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     """Load the model, run the tasks; None on ranks other than the first."""
-    from megabts.evaluation.lm_eval import require_lm_eval
+    from megabts.evaluation.lm_eval import quiet_bars
+    from megabts.runtime.extras import require
     from megabts.runtime.failure import told_once
 
-    require_lm_eval()
+    require("eval")
+    quiet_bars()
     if args.confirm_run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of such tasks asks for
     with told_once():

@@ -104,9 +104,7 @@ def run(args: argparse.Namespace, texts: list[str], place: "Place", progress: "P
     model = loaded.model
     if args.gates and not isinstance(model, BTSModel | MoEModel):
         raise UsageError(f"--gates: {args.checkpoint} is a {loaded.config.method} model and has no gates")
-    if not (args.tokenizer or loaded.tokenizer):
-        raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
-    tokenizer = build_tokenizer(args.tokenizer or loaded.tokenizer)
+    tokenizer = build_tokenizer(loaded.tokenizer_or(args.tokenizer))
     stop_ids = () if tokenizer.eod_id is None else (tokenizer.eod_id,)
     settings = replace(settings, stop_ids=stop_ids, eod_id=tokenizer.eod_id, num_ids=tokenizer.vocab_size)
     prompts = [begin(text, tokenizer) for text in texts]

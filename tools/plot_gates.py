@@ -58,9 +58,7 @@ def main() -> None:
     loaded = load_model(args.checkpoint, ParallelMesh(), dtype, pick_device(Launch()), without=args.without)
     if not isinstance(loaded.model, BTSModel):
         raise UsageError(f"{args.checkpoint} is a {loaded.config.method} model and has no gates; give a stitched one")
-    if not (args.tokenizer or loaded.tokenizer):
-        raise UserError(f"{args.checkpoint} has no tokenizer; give --tokenizer")
-    trace = trace_gates(loaded.model, build_tokenizer(args.tokenizer or loaded.tokenizer), parts)
+    trace = trace_gates(loaded.model, build_tokenizer(loaded.tokenizer_or(args.tokenizer)), parts)
     trace = choose_layers(trace, args.layer)
     try:
         draw_gates(trace, args.out)

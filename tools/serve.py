@@ -72,23 +72,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Load the model and serve it, or follow the rank that does."""
     args = parse_args()
-    require_extra()
+    from megabts.runtime.extras import require
     from megabts.runtime.failure import told_once
+
+    require("serve")
 
     key = read_key(args.api_key, args.api_key_file)
     with told_once():
         run(args, key)
     if "LAUNCH_EXIT_CODE" in os.environ:  # megabts.runtime.torchrun: after a signal torchrun does not know it
         Path(os.environ["LAUNCH_EXIT_CODE"]).write_text("0")
-
-
-def require_extra() -> None:
-    """Raises UserError when a library that serving needs is not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise UserError(f"serving needs {', '.join(missing)}; pip install -e '.[serve]'")
 
 
 def read_key(key: str, file: Path | None) -> str:

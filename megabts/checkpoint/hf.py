@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megabts.checkpoint.durable import hash_chunks, read_chunks
-from megabts.checkpoint.hf_config import CONFIG, config_from_hf, read_config, read_json
+from megabts.checkpoint.hf_config import CONFIG, config_from_hf, family_of, read_config, read_json
 from megabts.config.model import ModelConfig
 from megabts.errors import UserError
 
@@ -128,9 +128,13 @@ def weights_from_hf(
 
 
 def weights_to_hf(
-    family: str, config: ModelConfig, weights: Iterable[tuple[str, torch.Tensor]]
+    config: ModelConfig, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same table the other way: megabts parameters as the family's tensors (views). Raises UserError for a name."""
+    """The same table the other way: megabts parameters as the tensors (views) of the family that fits.
+
+    Raises UserError for a name, or as `family_of` does.
+    """
+    family = family_of(config)
     names = _expand(FAMILIES[family], config)
     sizes = _sizes(config)
     for ours, tensor in weights:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megabts.bts.plan import stitch_plan
 from megabts.build import StoredModel, open_model
 from megabts.checkpoint.hf import hf_content_hash, weights_from_hf, weights_to_hf
-from megabts.checkpoint.hf_config import STITCHED, config_from_hf, config_to_hf, family_of, is_hf_folder
+from megabts.checkpoint.hf_config import STITCHED, config_from_hf, config_to_hf, is_hf_folder
 from megabts.checkpoint.manifest import MODEL_FILE
 from megabts.checkpoint.reader import TensorReader
 from megabts.checkpoint.source import DenseSource
@@ -23,8 +23,9 @@ from megabts.config.methods import HUB
 from megabts.convert.folder import check_free, write_hf_folder
 from megabts.convert.options import Options
 from megabts.convert.tokenizer import hf_tokenizer
-from megabts.convert.verify import check_models, check_stored, check_tensors, require_transformers
+from megabts.convert.verify import check_models, check_stored, check_tensors
 from megabts.errors import UserError
+from megabts.runtime.extras import require
 from megabts.tokenizers.build import find_tokenizer
 
 REMOTE = Path(__file__).parent / "remote"
@@ -49,7 +50,7 @@ def export_bts(checkpoint: Path, out: Path, options: Options, *, reference: Mapp
     """
     check_free(out)
     if options.check == "logits":
-        require_transformers()
+        require("hf")
     stored = open_model(checkpoint)
     with TensorReader(stored.folder, MODEL_FILE) as reader:
         dtype = options.dtype or reader.read(next(iter(reader.shapes))).dtype
@@ -115,7 +116,7 @@ def bts_config(stored: StoredModel, dtype: str) -> dict[str, Any]:
 def member_tensors(stored: StoredModel, name: str, source: DenseSource) -> Iterator[tuple[str, Tensor]]:
     """A member's weights by their names in the stitched model's folder, those alone that it reads."""
     headless = name != HUB and stored.config.bts.output == "hub"
-    for theirs, tensor in weights_to_hf(family_of(source.config), source.config, source.weights()):
+    for theirs, tensor in weights_to_hf(source.config, source.weights()):
         if not (headless and theirs in ("model.norm.weight", "lm_head.weight")):
             yield f"members.{name}.{theirs.removeprefix('model.')}", tensor
 

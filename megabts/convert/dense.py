@@ -21,8 +21,9 @@ from megabts.config.run import PrecisionConfig, RunConfig
 from megabts.convert.folder import check_free, write_hf_folder
 from megabts.convert.options import Options
 from megabts.convert.tokenizer import hf_tokenizer
-from megabts.convert.verify import check_models, check_tensors, require_transformers
+from megabts.convert.verify import check_models, check_tensors
 from megabts.errors import UserError
+from megabts.runtime.extras import require
 from megabts.tokenizers.build import find_tokenizer
 
 
@@ -37,7 +38,7 @@ def import_dense(hf_dir: Path, out: Path, options: Options, max_seq_len: int | N
     if not is_hf_folder(hf_dir):
         raise UserError(f"{hf_dir} is not a Hugging Face folder (no config.json); give one")
     if options.check == "logits":
-        require_transformers()
+        require("hf")
     model = config_from_hf(hf_dir, max_seq_len)
     exact = "bfloat16" if dtype_from_hf(hf_dir) == "bfloat16" else "float32"
     config = RunConfig(model=model, precision=PrecisionConfig(dtype=exact))  # type: ignore[arg-type]
@@ -69,9 +70,9 @@ def export_dense(checkpoint: Path, out: Path, options: Options) -> None:
     """
     check_free(out)
     if options.check == "logits":
-        require_transformers()
+        require("hf")
     source = open_dense(checkpoint)
-    family = family_of(source.config)
+    family_of(source.config)  # raises before any weight is read
     stored = next(source.weights())[1].dtype
     config = config_to_hf(source.config, str(options.dtype or stored).removeprefix("torch."))
     tokenizer = hf_tokenizer(source.tokenizer)
@@ -85,7 +86,7 @@ def export_dense(checkpoint: Path, out: Path, options: Options) -> None:
             names = [name for name, _ in source.weights()]
             check_tensors(_cast(source, options.dtype), weights_from_hf(folder, names), out, options.say)
 
-    weights = weights_to_hf(family, source.config, source.weights())
+    weights = weights_to_hf(source.config, source.weights())
     write_hf_folder(out, config, weights, options, tokenizer=tokenizer, check=check)
     options.say(f"wrote {out}: {config['architectures'][0]}, {config['dtype']}")
 

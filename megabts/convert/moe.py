@@ -27,8 +27,9 @@ from megabts.config.model import ModelConfig
 from megabts.convert.folder import check_free, write_hf_folder
 from megabts.convert.options import Options
 from megabts.convert.tokenizer import hf_tokenizer
-from megabts.convert.verify import check_models, check_stored, require_transformers
+from megabts.convert.verify import check_models, check_stored
 from megabts.errors import UserError
+from megabts.runtime.extras import require
 from megabts.tokenizers.build import find_tokenizer
 
 
@@ -119,7 +120,7 @@ def moe_tensors(
     model: ModelConfig, moe: MoEConfig, weights: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """megabts' parameters as the family's tensors (views)."""
-    family, dense = moe_family(model, moe), family_of(model)
+    family = moe_family(model, moe)
     for name, tensor in weights:
         layer, _, kind = name.partition(".mlp.")
         block = f"model.{layer}.{family.block}"
@@ -134,7 +135,7 @@ def moe_tensors(
         elif kind == "experts.down":
             yield from ((f"{block}.experts.{number}.{down}.weight", expert) for number, expert in enumerate(tensor))
         else:
-            yield from weights_to_hf(dense, model, [(name, tensor)])
+            yield from weights_to_hf(model, [(name, tensor)])
 
 
 def export_moe(checkpoint: Path, out: Path, options: Options) -> None:
@@ -145,7 +146,7 @@ def export_moe(checkpoint: Path, out: Path, options: Options) -> None:
     """
     check_free(out)
     if options.check == "logits":
-        require_transformers()
+        require("hf")
     stored = open_model(checkpoint)
     model, moe = stored.config.model, stored.config.moe
     family = moe_family(model, moe)

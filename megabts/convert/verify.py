@@ -22,19 +22,12 @@ from megabts.errors import UserError
 from megabts.model.attention import make_context
 from megabts.model.decoder import Model
 from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.extras import require
 
 THRESHOLD = 1e-4
 """Largest difference of two logits, as a part of the largest logit."""
 BATCH = (2, 48)
 """Sequences and tokens of the check."""
-
-
-def require_transformers() -> None:
-    """Raise UserError when the library is not installed; no part of it is loaded."""
-    from importlib.util import find_spec
-
-    if find_spec("transformers") is None:
-        raise UserError("comparing logits needs transformers; pip install -e '.[hf]', or give --check tensors")
 
 
 def fixed_tokens(config: ModelConfig) -> Tensor:
@@ -84,7 +77,7 @@ def transformers_logits(
     `positions` [s] of the tokens, None: 0, 1, ... `remote_code`: run the Python files in the folder. Raises UserError
     when the library does not load the folder, or names tensors that are missing or left over.
     """
-    require_transformers()
+    require("hf")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -5,12 +5,17 @@ python -m megabts.evaluation.lm_eval run --model megabts --model_args checkpoint
 The arguments are those of `lm_eval`, which has no way to find models outside its own package.
 """
 
-from megabts.errors import UserError, run_tool
+import os
+import sys
+
+from megabts.errors import run_tool
+from megabts.runtime.extras import require
 
 
 def main() -> None:
     """Register the model, then hand over."""
-    require_lm_eval()
+    require("eval")
+    quiet_bars()
     from lm_eval.__main__ import cli_evaluate
 
     import megabts.evaluation.lm_eval_model
@@ -23,12 +28,10 @@ def main() -> None:
         stop_communication()
 
 
-def require_lm_eval() -> None:
-    """Raises UserError when the harness is not installed; no part of it is loaded."""
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise UserError("tasks need lm-evaluation-harness; pip install -e '.[eval]'")
+def quiet_bars() -> None:
+    """Progress bars on terminals alone: they would fill a log. To be called before the harness is imported."""
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
 
 
 if __name__ == "__main__":

@@ -99,9 +99,7 @@ class MegabtsLM(TemplateLM):
         self.model.train(False)
         self.parts = whole
         """The ranks that hold this model together."""
-        spec = tokenizer or loaded.tokenizer
-        if not spec:
-            raise UserError(f"{checkpoint} has no tokenizer; give one (tokenizer=SPEC, or --tokenizer)")
+        spec = loaded.tokenizer_or(tokenizer)
         self.plain = build_tokenizer(spec)
         self.templated = build_tokenizer(spec, include_special_tokens=True) if special_tokens else self.plain
         vocabulary = self.model.config.vocab_size
@@ -164,6 +162,11 @@ class MegabtsLM(TemplateLM):
         if add_special_tokens is None:
             add_special_tokens = not (self._begins and string.startswith(self._begins))
         return (self.templated if add_special_tokens else self.plain).encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness has it, without its progress bar, which would be drawn in logs, too."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], windows: bool = False, **_: Any
@@ -260,8 +263,8 @@ class MegabtsLM(TemplateLM):
         )
 
     def _bar(self, total: int, what: str) -> tqdm:
-        """Progress on stderr, by the first rank."""
-        return tqdm(total=total, desc=what, disable=self.mesh.rank > 0)
+        """Progress by the first rank, if its stderr is a terminal."""
+        return tqdm(total=total, desc=what, disable=self.mesh.rank > 0 or None)
 
     def _tell_of_cut(self, cut: int, total: int, room: str) -> None:
         if cut and self.mesh.rank == 0:

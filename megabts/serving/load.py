@@ -45,9 +45,7 @@ def load_served(
     dtype = DTYPES[source.dtype] if source.dtype else None
     loaded, mesh = load_part(source.checkpoint, place, dtype, source.without)
     loaded.model.train(False)
-    spec = source.tokenizer or loaded.tokenizer
-    if not spec:
-        raise UserError(f"{source.checkpoint} has no tokenizer; give --tokenizer")
+    spec = loaded.tokenizer_or(source.tokenizer)
     tokenizer, longest = build_tokenizer(spec), loaded.model.config.max_seq_len
     if tokenizer.vocab_size > loaded.model.config.vocab_size:
         raise UserError(

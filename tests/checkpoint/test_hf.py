@@ -102,7 +102,7 @@ def test_what_transformers_saves(tmp_path: Path, tied: bool, shard: str) -> None
     assert hf_config.dtype_from_hf(tmp_path) == "bfloat16"
     weights = dict(hf.weights_from_hf(tmp_path))
     assert_equal(weights, expected(model.state_dict(), 3, tied))
-    back = dict(hf.weights_to_hf("llama", config, weights.items()))
+    back = dict(hf.weights_to_hf(config, weights.items()))
     stored = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     assert_equal(back, stored)
     write_checkpoint(tmp_path / "ours", {"model.safetensors": weights}, {}, {})
@@ -320,7 +320,7 @@ def test_parts_of_different_type_are_refused(tmp_path: Path) -> None:
 def test_export_of_an_unknown_parameter(tmp_path: Path) -> None:
     config = hf_config.config_from_hf(MEMBERS / "hub")
     with pytest.raises(UserError, match=r"stitch\.0\.gate has no name in the llama family"):
-        list(hf.weights_to_hf("llama", config, [("stitch.0.gate", torch.ones(1))]))
+        list(hf.weights_to_hf(config, [("stitch.0.gate", torch.ones(1))]))
 
 
 def test_content_hash_sees_weights_and_configuration(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """megabts under lm-evaluation-harness: the numbers and texts that its own Hugging Face models give."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from megabts.convert.bts import export_bts
 from megabts.errors import UsageError, UserError
 from tests.convert.stitched import QUIET, stitched
 from tests.evaluation.harness import GOLDEN_TASKS, LOCAL, golden_tasks, make_hf
-from tests.train.runs import ROOT
+from tests.tools import RunTool
+from tests.train.runs import shell
 
 Capture = pytest.CaptureFixture[str]
 
@@ -127,20 +127,14 @@ def test_tasks(both: tuple[Any, Any], tmp_path: Path) -> None:
         assert all(answers[0][0][0])
 
 
-def evaluate(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> int:
-    """Run the tool in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
-    return int(caught.value.code or 0)
-
-
-def test_the_tool(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """From another folder, by file: relative data files are found; table and JSON say the same."""
+def test_the_tool(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder, by file: relative data files are found; table and JSON say the same; no progress bars."""
     monkeypatch.chdir(tmp_path)
-    more: list[str | Path] = ["--limit", "2", "--shots", "0", "--dtype", "float32", "--json", tmp_path / "results.json"]
-    assert evaluate(monkeypatch, "--checkpoint", hf, "--tasks", LOCAL / "local.yaml", *more) == 0
-    table = capsys.readouterr().out
+    more = ["--limit", "2", "--shots", "0", "--dtype", "float32", "--json", str(tmp_path / "results.json")]
+    done = shell("evaluate.py", ["--checkpoint", str(hf), "--tasks", str(LOCAL / "local.yaml"), *more])
+    assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stderr
+    table = done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["results"]) == ["local_multiple_choice", "local_perplexity", "local_generation", "local"]
     assert results["results"]["local_multiple_choice"]["sample_len"] == 2
@@ -148,9 +142,7 @@ def test_the_tool(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert f"{results['results']['local_perplexity']['bits_per_byte,none']:.4f}" in table
 
 
-def test_what_cannot_run_is_one_line(
-    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_what_cannot_run_is_one_line(hf: Path, tmp_path: Path, run_tool: RunTool) -> None:
     (tmp_path / "bad.yaml").write_text("task: [unclosed\n")
     (tmp_path / "nameless.yaml").write_text("dataset_path: json\n")
     config = (LOCAL / "perplexity.yaml").read_text()
@@ -183,8 +175,9 @@ def test_what_cannot_run_is_one_line(
         (["--tasks", good, "--tokenizer", "null:1000"], 1, "null:1000 has 1000 ids and the model a vocabulary of 400"),
     ]
     for args, code, message in cases:
-        assert evaluate(monkeypatch, "--checkpoint", hf, *args) == code, args
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        found, _, said = run_tool("evaluate.py", "--checkpoint", hf, *args)
+        assert found == code, args
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert message in errors[0]
 
@@ -213,11 +206,11 @@ def test_unknown_names_and_arguments(hf: Path, monkeypatch: pytest.MonkeyPatch) 
             MegabtsLM.create_from_arg_string(given, {"batch_size": 1, "device": "cpu"})
 
 
-def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, run_tool: RunTool) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert evaluate(monkeypatch, "--checkpoint", "x", "--tasks", "gsm8k") == 1
-    assert capsys.readouterr().err == "error: tasks need lm-evaluation-harness; pip install -e '.[eval]'\n"
-    assert evaluate(monkeypatch, "--help") == 0
+    code, _, error = run_tool("evaluate.py", "--checkpoint", "x", "--tasks", "gsm8k")
+    assert (code, error) == (1, "error: running tasks needs lm_eval; pip install -e '.[eval]'\n")
+    assert run_tool("evaluate.py", "--help")[0] == 0
 
 
 def test_the_harness_own_command_line(
