@@ -1,7 +1,6 @@
 """Assembling, adding, removing and averaging on disk: what is written runs, and what must stay stays."""
 
 import hashlib
-import runpy
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from megabts.checkpoint.source import CONFIG_FILE
 from megabts.config.load import to_yaml
 from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
-from megabts.errors import UsageError, UserError, run_tool
+from megabts.errors import UsageError, UserError
 from megabts.parallel.mesh import ParallelMesh
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.protocol import checkpoint_files
@@ -284,19 +283,7 @@ def test_soup_of_low_precision_and_unfit_members(tmp_path: Path) -> None:
         assemble.soup({"a": (paths["a"], 1), "again": (paths["a"], 1)}, tmp_path / "out")
 
 
-def here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Exit code of a command-line tool run in this process, as its last line runs it."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    main = runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]
-    with pytest.raises(SystemExit) as stop:
-        run_tool(main)
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
-
-
-def test_stitch_tool(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_tool: RunTool
-) -> None:
+def test_stitch_tool(tmp_path: Path, run_tool: RunTool) -> None:
     seed, code, math = write_members(tmp_path, "seed", "code", "math").values()
     out, wide, less, other = (tmp_path / name for name in ("bts", "wide", "less", "other"))
     arguments = ("--hub", seed, "--expert", f"code={code}", "--num-stitch-layers", 2, "--out", out)
@@ -305,13 +292,14 @@ def test_stitch_tool(
     assert (rc, text.splitlines()[0]) == (0, f"wrote {out}")
     assert text.splitlines()[1].startswith("trained 1,280 of ")
     assert "the paper counts 1,536 of " in text
-    assert here("stitch", monkeypatch, "add", "--checkpoint", out, "--expert", f"math={math}", "--out", wide) == 0
-    assert "\ntrained 1,024 of " in capsys.readouterr().out
-    assert here("stitch", monkeypatch, "remove", "--checkpoint", wide, "--expert", "code", "--out", less) == 0
+    rc, text, _ = run_tool("stitch.py", "add", "--checkpoint", out, "--expert", f"math={math}", "--out", wide)
+    assert rc == 0
+    assert "\ntrained 1,024 of " in text
+    assert run_tool("stitch.py", "remove", "--checkpoint", wide, "--expert", "code", "--out", less)[0] == 0
     assert load(less).bts.members == ("hub", "math")
     options = ["--start", "hub_leaning", "--experts-into-hub-only", "--expert-stream", "unchanged"]
     options += ["--num-stitch-layers", "3", "--placement", "1", "4", "5"]
-    assert here("stitch", monkeypatch, "--hub", seed, "--expert", f"a={code}", *options, "--out", other) == 0
+    assert run_tool("stitch.py", "--hub", seed, "--expert", f"a={code}", *options, "--out", other)[0] == 0
     bts = load(other).bts
     assert (bts.start, bts.alternating, bts.expert_stream) == ("hub_leaning", False, "unchanged")
     assert [point.after for point in load(other).plan] == bts.placement == [1, 4, 5]
@@ -350,18 +338,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize("line, code, message", MISTAKES, ids=[case[0] for case in MISTAKES])
 def test_mistakes_on_the_command_line(
-    places: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    line: str,
-    code: int,
-    message: str,
+    places: dict[str, str], run_tool: RunTool, line: str, code: int, message: str
 ) -> None:
     name, *arguments = line.split()
     for word, path in places.items():
         arguments = [argument.replace(word, path) for argument in arguments]
-    assert here(name, monkeypatch, *arguments) == code
-    error = capsys.readouterr().err
+    found, _, error = run_tool(f"{name}.py", *arguments)
+    assert found == code
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error

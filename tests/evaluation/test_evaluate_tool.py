@@ -1,17 +1,14 @@
 """tools/evaluate.py on every kind of model, and what it says when it cannot."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megabts.runtime.metrics import read_metrics
-from tests.train.runs import BTS_SETTINGS, MEMBERS, ROOT, arguments, make_data, shell, train
-
-Capture = pytest.CaptureFixture[str]
+from tests.tools import RunTool
+from tests.train.runs import BTS_SETTINGS, MEMBERS, arguments, make_data, shell, train
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +31,17 @@ def dense(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def evaluate(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> int:
-    """Run the tool in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
-    return int(caught.value.code or 0)
-
-
-def test_a_run_is_measured_as_it_measured_itself(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    assert evaluate(monkeypatch, "--checkpoint", dense, "--json", tmp_path / "new/losses.json") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["domain", "a", "b", "average"]
+def test_a_run_is_measured_as_it_measured_itself(dense: Path, tmp_path: Path, run_tool: RunTool) -> None:
+    code, out, _ = run_tool("evaluate.py", "--checkpoint", dense, "--json", tmp_path / "new/losses.json")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["domain", "a", "b", "average"]
     losses = json.loads((tmp_path / "new/losses.json").read_text())
     (validation,) = read_metrics(dense)[1]
     assert {name: entry["loss"] for name, entry in losses.items()} == pytest.approx(validation["valid"], rel=1e-6)
     assert losses["a"]["bits_per_byte"] > losses["a"]["loss"]  # less than a byte a token, for there are ends
 
 
-def test_a_stitched_model_and_its_hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stitched_model_and_its_hub(data: Path, tmp_path: Path, run_tool: RunTool) -> None:
     """Stitches that start by leaving the hub alone are measured as the hub itself is, a Hugging Face folder."""
     more: dict[str, Any] = {"bts__start": "hub_preserving", "train__steps": 1, "optimizer__lr": 1e-12}
     assert train(arguments(tmp_path / "bts", {str(data / "ids"): 1.0}, BTS_SETTINGS, **more)) == 0
@@ -70,7 +57,7 @@ def test_a_stitched_model_and_its_hub(data: Path, tmp_path: Path, monkeypatch: p
             "--samples",
             "20",
         ]
-        assert evaluate(monkeypatch, *given, "--json", tmp_path / "losses.json") == 0
+        assert run_tool("evaluate.py", *given, "--json", tmp_path / "losses.json")[0] == 0
         results.append(json.loads((tmp_path / "losses.json").read_text())["ids"])
     assert results[0] == results[1]
     without: list[str | Path] = [
@@ -82,7 +69,7 @@ def test_a_stitched_model_and_its_hub(data: Path, tmp_path: Path, monkeypatch: p
         "20",
         "--without",
     ]
-    assert evaluate(monkeypatch, *without, "code", "--json", tmp_path / "losses.json") == 0
+    assert run_tool("evaluate.py", *without, "code", "--json", tmp_path / "losses.json")[0] == 0
     assert json.loads((tmp_path / "losses.json").read_text())["ids"]["loss"] == pytest.approx(
         results[0]["loss"], rel=1e-5
     )
@@ -91,9 +78,7 @@ def test_a_stitched_model_and_its_hub(data: Path, tmp_path: Path, monkeypatch: p
     assert results[0]["bits_per_byte"] is None
 
 
-def test_what_cannot_be_measured_is_one_line(
-    data: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_what_cannot_be_measured_is_one_line(data: Path, dense: Path, tmp_path: Path, run_tool: RunTool) -> None:
     hub, valid = MEMBERS / "hub", f"v={data / 'valid_a'}"
     (tmp_path / "file").write_text("")
     cases: list[tuple[list[str | Path], int, str]] = [
@@ -110,8 +95,9 @@ def test_what_cannot_be_measured_is_one_line(
         (["--checkpoint", dense, "--json", tmp_path / "file/x.json"], 1, f"--json {tmp_path}/file/x.json cannot be"),
     ]
     for args, code, message in cases:
-        assert evaluate(monkeypatch, *args) == code, args
-        (line,) = capsys.readouterr().err.splitlines()
+        found, _, error = run_tool("evaluate.py", *args)
+        assert found == code, args
+        (line,) = error.splitlines()
         assert line.startswith("error: ")
         assert message in line
 

@@ -1,7 +1,5 @@
 """The ensemble against loops over positions and members with plain softmax; generation against itself uncached."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +25,8 @@ from megabts.parallel.layout import check_layout
 from tests.bts.folders import write_members
 from tests.inference.steps import Batch
 from tests.merge.models import MESH, backend, config, dense_like, folders, randomised, windows
+from tests.tools import RunTool
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 17, 30, 3, 12, 8, 1], [9], [21, 21, 7, 4]]
 
 
@@ -143,20 +141,12 @@ def test_training_is_refused() -> None:
         BUILDERS["btm"](RunConfig(btm=BTMConfig(folders(("train", "b")))), MESH, backend())
 
 
-def run_tool(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-def test_the_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tools(tmp_path: Path, run_tool: RunTool) -> None:
     """merge.py writes a manifest that names the members; evaluate.py and generate.py run it."""
     paths = write_members(tmp_path, "seed", "code", max_seq_len=48)
     members = [part for name, path in paths.items() for part in ("--member", f"{name}={path}")]
     out = str(tmp_path / "btm")
-    assert run_tool("merge.py", monkeypatch, "btm", *members, "--top-k", "1", "--out", out) == 0
+    assert run_tool("merge.py", "btm", *members, "--top-k", "1", "--out", out)[0] == 0
     assert load_tensors(Path(out), "model.safetensors") == {}
     assert [record.name for record in read_manifest(Path(out)).members] == ["seed", "code"]
     model = load_model(out, MESH, torch.float32, "cpu").model
@@ -166,18 +156,20 @@ def test_the_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         builder.add_item(np.arange(65) % 31)
         builder.end_document()
         builder.finalize()
-    capsys.readouterr()
     arguments = ("--checkpoint", out, "--tokenizer", "null:31")
     data = ("--data", f"d={tmp_path / 'ids'}", "--seq-length", "16")
-    assert run_tool("evaluate.py", monkeypatch, *arguments, *data) == 0
+    code, table, _ = run_tool("evaluate.py", *arguments, *data)
+    assert code == 0
     tokens = torch.arange(64).view(4, 16) % 31
     loss = sequence_loss(model, tokens, (tokens + 1) % 31, torch.ones(4, 16)).item() / 64
-    assert f"{loss:.4f}"[:5] in capsys.readouterr().out
+    assert f"{loss:.4f}"[:5] in table
     greedy = ("--prompt", "3 4", "--temperature", "0", "--max-new-tokens", "5")
-    assert run_tool("generate.py", monkeypatch, *arguments, *greedy) == 0
+    code, text, _ = run_tool("generate.py", *arguments, *greedy)
+    assert code == 0
     expected = generate(model, [[3, 4]], GenerationSettings(5, stop_ids=(30,), num_ids=31))[0]
-    assert capsys.readouterr().out.split() == [str(token) for token in expected]
-    assert run_tool("merge.py", monkeypatch, "btm", *members[:2], "--out", out + "2") == 2
-    assert "needs at least two members" in capsys.readouterr().err
+    assert text.split() == [str(token) for token in expected]
+    code, _, error = run_tool("merge.py", "btm", *members[:2], "--out", out + "2")
+    assert code == 2
+    assert "needs at least two members" in error
     with pytest.raises(UsageError, match="have the same weights"):
         assemble.combine("btm", {"a": paths["seed"], "b": paths["seed"]}, tmp_path / "twice")

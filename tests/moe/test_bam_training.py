@@ -5,8 +5,6 @@ trained in BAM, frozen with adapters. Each feed-forward is cut in two: six ffn e
 """
 
 import math
-import runpy
-import sys
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -32,7 +30,8 @@ from tests.bts.folders import write_members
 from tests.moe.test_training import command as moe_command
 from tests.parallel.topologies import RESUMED, STEPS, Job, Result, differences, train_all
 from tests.ranks import run_ranks
-from tests.train.runs import ROOT, build, last_hashes, make_ids, train
+from tests.tools import RunTool
+from tests.train.runs import build, last_hashes, make_ids, train
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -140,14 +139,12 @@ def test_reported_attention_routes_by_hand(folder: Path, tmp_path: Path, model: 
     assert len([key for key in row if "/share_" in key]) == 12
 
 
-def test_gates_of_attention_experts(folder: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gates_of_attention_experts(folder: Path, run_tool: RunTool) -> None:
     checkpoint = folder / "one" / "bam"
     words = ["--checkpoint", checkpoint, "--tokenizer", "null:97", "--temperature", 0, "--max-new-tokens", 2]
-    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words), "--prompt", "5 17 3", "--gates"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools/generate.py"), run_name="__main__")
-    assert not stop.value.code
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    code, out, _ = run_tool("generate.py", *words, "--prompt", "5 17 3", "--gates")
+    assert code == 0
+    lines = [line for line in out.splitlines() if line]
     model = load_model(checkpoint, ParallelMesh(), None, "cpu").model
     logits: list[Tensor] = []
     model.layers["1"].attention.router.register_forward_hook(lambda _, __, out: logits.append(out.flatten(0, 1)))

@@ -29,6 +29,18 @@ from megabts.runtime.device import DTYPES
 from megabts.train.stages import Stages
 
 Arguments = dict[str, Any]
+SMALL: Arguments = {
+    "model.vocab_size": 96,
+    "model.hidden_size": 64,
+    "model.num_layers": 4,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.ffn_size": 160,
+    "data.seq_length": 128,
+    "train.micro_batch": 2,
+    "train.global_batch": 8,
+}
+"""A dense model that real ranks train in a moment."""
 
 
 def configured(settings: Arguments) -> RunConfig:

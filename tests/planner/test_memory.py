@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megabts.build import BUILDERS, make_backend
 from megabts.optimizer.adamw import MasterAdamW
 from megabts.parallel.mesh import build_mesh
-from tests.planner.layouts import Arguments, Figures, configured, figures_of_steps, predicted
+from tests.planner.layouts import SMALL, Arguments, Figures, configured, figures_of_steps, predicted
 from tests.ranks import run_ranks
 
 BOUND = 0.02
@@ -84,17 +84,6 @@ def test_parameters_gradients_optimizer(world: tuple[int, Arguments]) -> None:
             assert memory.optimizer == pytest.approx(storage_bytes(*state), rel=BOUND, abs=1)
 
 
-SMALL: Arguments = {
-    "model.vocab_size": 96,
-    "model.hidden_size": 64,
-    "model.num_layers": 4,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.ffn_size": 160,
-    "data.seq_length": 128,
-    "train.micro_batch": 2,
-    "train.global_batch": 8,
-}
 SMALL_BTS: Arguments = {**SMALL, "method": "bts", "bts.hub": "x", **EXPERTS}
 LAYOUTS: dict[str, Arguments] = {
     "tp2": {"parallel.tensor": 2},

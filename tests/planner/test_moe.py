@@ -17,7 +17,7 @@ from megabts.planner.gpus import Cluster
 from megabts.planner.moe import moe_of_members, moe_parts
 from megabts.planner.report import plan_json, plan_text
 from megabts.planner.search import plan
-from tests.planner.layouts import Arguments, Figures, configured, figures_of_steps, mesh_of, predicted
+from tests.planner.layouts import SMALL, Arguments, Figures, configured, figures_of_steps, mesh_of, predicted
 from tests.ranks import run_ranks
 
 MEMBERS = {f"moe.members.{name}": "x" for name in ("seed", "code", "math", "languages")}
@@ -70,19 +70,7 @@ def test_parameters_gradients_optimizer(kind: str) -> None:
     dist.destroy_process_group()
 
 
-SMALL: Arguments = {
-    "method": "moe",
-    "model.vocab_size": 96,
-    "model.hidden_size": 64,
-    "model.num_layers": 4,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.ffn_size": 160,
-    "data.seq_length": 128,
-    "train.micro_batch": 2,
-    "train.global_batch": 8,
-    **MEMBERS,
-}
+SMALL_MOE: Arguments = {**SMALL, "method": "moe", **MEMBERS}
 SPLIT: dict[str, Arguments] = {
     "dp2": {},
     "tp2": {"parallel.tensor": 2},
@@ -102,17 +90,17 @@ LONG: Arguments = {
 
 def cases() -> list[tuple[str, Arguments]]:
     """Every kind on dp, every layout and recomputation of some, bfloat16."""
-    chosen = {f"{kind}, dp2": {**SMALL, **KINDS[kind]} for kind in KINDS}
+    chosen = {f"{kind}, dp2": {**SMALL_MOE, **KINDS[kind]} for kind in KINDS}
     split = [("top-2", "tp2"), ("soft", "tp2"), ("soft", "ep2"), ("BAM", "tp2+sp"), ("BAM", "ep2"), ("top-2", "ep2")]
     for kind, layout in [*split, *product(("BAM adapters",), ("tp2", "tp2+sp", "pp2", "ep2"))]:
-        chosen[f"{kind}, {layout}"] = {**SMALL, **KINDS[kind], **SPLIT[layout]}
+        chosen[f"{kind}, {layout}"] = {**SMALL_MOE, **KINDS[kind], **SPLIT[layout]}
     again = [("soft", "tp2+sp", "selective"), ("BAM", "tp2", "selective")]
     again += [("soft", "tp2+sp", "full"), ("BAM adapters", "tp2", "full")]
     for kind, layout, recompute in again:
-        settings = {**SMALL, **KINDS[kind], **SPLIT[layout], "train.recompute": recompute}
+        settings = {**SMALL_MOE, **KINDS[kind], **SPLIT[layout], "train.recompute": recompute}
         chosen[f"{kind}, {layout}, {recompute}"] = settings
     for kind in ("top-2", "soft", "sample", "BAM", "BAM adapters"):
-        chosen[f"{kind}, bfloat16"] = {**SMALL, **KINDS[kind], **LONG}
+        chosen[f"{kind}, bfloat16"] = {**SMALL_MOE, **KINDS[kind], **LONG}
     return list(chosen.items())
 
 

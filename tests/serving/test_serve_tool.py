@@ -3,37 +3,18 @@
 import importlib.util
 import json
 import re
-import runpy
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.inference.test_row_gates import flat
-from tests.serving.process import ROOT, ServerProcess
+from tests.serving.process import ServerProcess
 from tests.serving.tiny import SIZES, write_dense, write_stitched
-
-Tool = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs the tool in this process, where it does not get as far as serving: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools" / "serve.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        code = end.value.code
-        assert isinstance(code, int)
-        return code, captured.out, captured.err
-
-    return run
+from tests.tools import RunTool
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +116,22 @@ def test_a_failed_model_ends_the_server_with_one_line(tmp_path: Path) -> None:
         assert error.startswith("error: the model failed while it served, and the server ended: the model's logits are")
 
 
-def test_a_port_in_use_is_one_line(tool: Tool, server: ServerProcess, checkpoint: Path) -> None:
-    code, out, error = tool("--checkpoint", str(checkpoint), "--port", str(server.port))
+def test_a_port_in_use_is_one_line(run_tool: RunTool, server: ServerProcess, checkpoint: Path) -> None:
+    code, out, error = run_tool("serve.py", "--checkpoint", str(checkpoint), "--port", str(server.port))
     assert (code, out, error.count("\n")) == (1, "", 1)
     assert re.match(rf"error: cannot serve at 127.0.0.1 port {server.port}: Address already in use; choose", error)
 
 
 def test_a_missing_extra_is_one_line_and_help_needs_none(
-    tool: Tool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    run_tool: RunTool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "fastapi" else find(name, *rest)
     )
-    code, _, error = tool("--checkpoint", str(checkpoint))
+    code, _, error = run_tool("serve.py", "--checkpoint", str(checkpoint))
     assert (code, error) == (1, "error: serving needs fastapi; pip install -e '.[serve]'\n")
-    code, out, _ = tool("--help")
+    code, out, _ = run_tool("serve.py", "--help")
     assert code == 0
     assert "--max-rows" in out
 
@@ -169,14 +150,14 @@ def test_a_missing_extra_is_one_line_and_help_needs_none(
         (["--checkpoint", "absent", "--host", "no.such.host.invalid"], 1, "cannot serve at no.such.host.invalid"),
     ],
 )
-def test_errors_are_one_line(tool: Tool, arguments: list[str], code: int, message: str) -> None:
-    found, _, error = tool(*arguments, *(["--port", "0"] if "--port" not in arguments else []))
+def test_errors_are_one_line(run_tool: RunTool, arguments: list[str], code: int, message: str) -> None:
+    found, _, error = run_tool("serve.py", *arguments, *(["--port", "0"] if "--port" not in arguments else []))
     assert found == code
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
 
 
-def test_limits_are_the_flags(tool: Tool, checkpoint: Path) -> None:
-    code, _, error = tool("--checkpoint", str(checkpoint), "--port", "0", "--max-tokens", "1")
+def test_limits_are_the_flags(run_tool: RunTool, checkpoint: Path) -> None:
+    code, _, error = run_tool("serve.py", "--checkpoint", str(checkpoint), "--port", "0", "--max-tokens", "1")
     assert (code, error) == (2, "error: --max-tokens is 1; a prompt and a completion need 2 at least\n")
