@@ -123,9 +123,9 @@ def on_data(args: argparse.Namespace) -> dict[str, Any]:
 
 def on_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     """Load the model, run the tasks; None on ranks other than the first."""
-    from megabts.evaluation.lm_eval import quiet_bars
     from megabts.runtime.extras import require
     from megabts.runtime.failure import told_once
+    from megabts.runtime.log import quiet_bars
 
     require("eval")
     quiet_bars()

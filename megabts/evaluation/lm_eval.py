@@ -5,11 +5,9 @@ python -m megabts.evaluation.lm_eval run --model megabts --model_args checkpoint
 The arguments are those of `lm_eval`, which has no way to find models outside its own package.
 """
 
-import os
-import sys
-
 from megabts.errors import run_tool
 from megabts.runtime.extras import require
+from megabts.runtime.log import quiet_bars
 
 
 def main() -> None:
@@ -26,12 +24,6 @@ def main() -> None:
     with told_once():
         cli_evaluate()
         stop_communication()
-
-
-def quiet_bars() -> None:
-    """Progress bars on terminals alone: they would fill a log. To be called before the harness is imported."""
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ silent but for warnings, which go to stderr with their rank in front, so that n 
 """
 
 import logging
+import os
 import sys
 from typing import TextIO
 
@@ -27,6 +28,15 @@ def configure_logging(rank: int = 0, level: int | str = logging.INFO) -> None:
     if rank > 0:
         logger.setLevel(max(logger.level, logging.WARNING))
     logger.propagate = False  # libraries add handlers to the root logger; each line would come twice
+
+
+def quiet_bars() -> None:
+    """Draw other libraries' progress bars (tqdm's) on a terminal alone: they would fill a log.
+
+    To be called before any such library is imported.
+    """
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
 
 
 class _RankHandler(logging.StreamHandler[TextIO]):
