@@ -16,7 +16,7 @@ import numpy as np
 
 from megabts.data.readers import LineBatch
 from megabts.errors import UserError
-from megabts.tokenizers.protocol import Tokenizer
+from megabts.tokenizers.words import WordEncoder
 
 _KEPT_OF_BAD_LINES = 2000  # bytes
 
@@ -66,10 +66,9 @@ class EncodedBatch:
 class Encoder:
     """Turns batches of lines into tokens. Picklable, so that it can be sent to worker processes."""
 
-    tokenizer: Tokenizer
+    words: WordEncoder
     json_keys: tuple[str, ...]
     append_eod: bool
-    dtype: np.dtype[Any]
     max_line_bytes: int
     stop_at_bad_line: bool
     """Do not tokenize a batch that has a bad line: nobody will look at it."""
@@ -85,8 +84,8 @@ class Encoder:
                 bad[index] = str(error)
                 if self.stop_at_bad_line:
                     return EncodedBatch(0, 0, [], _describe(batch, bad))
-        documents, ids = self._tokenize(documents, bad)
-        keys = [self._pack(key, documents, ids) for key in range(len(self.json_keys))]
+        documents, tokens = self._tokenize(documents, bad)
+        keys = [self._pack(key, documents, tokens) for key in range(len(self.json_keys))]
         return EncodedBatch(len(documents), sum(map(len, batch.lines)), keys, _describe(batch, bad))
 
     def _parse(self, index: int, line: bytes) -> Document:
@@ -106,40 +105,40 @@ class Encoder:
         texts = [_sequences(record, key) for key in self.json_keys]
         return Document(index, texts, [_utf8_size(sequences) for sequences in texts])
 
-    def _tokenize(self, documents: list[Document], bad: dict[int, str]) -> tuple[list[Document], list[list[int]]]:
-        """Ids of all sequences of all documents, in order; documents the tokenizer refuses move to `bad`."""
+    def _tokenize(self, documents: list[Document], bad: dict[int, str]) -> tuple[list[Document], list[bytes]]:
+        """Tokens of all sequences of all documents, in order; documents the tokenizer refuses move to `bad`."""
         try:
-            return documents, self.tokenizer.encode_batch([text for doc in documents for text in _all_texts(doc)])
+            return documents, self.words.encode_batch([text for doc in documents for text in _all_texts(doc)])
         except UserError:
             pass  # one of them is refused: look which
-        kept, ids = [], []
+        kept, tokens = [], []
         for document in documents:
             try:
-                ids.extend(self.tokenizer.encode_batch(_all_texts(document)))
+                tokens.extend(self.words.encode_batch(_all_texts(document)))
                 kept.append(document)
             except UserError as error:
                 bad[document.index] = str(error)
-        return kept, ids
+        return kept, tokens
 
-    def _pack(self, key: int, documents: list[Document], ids: list[list[int]]) -> EncodedKey:
+    def _pack(self, key: int, documents: list[Document], tokens: list[bytes]) -> EncodedKey:
         """The sequences of one key. Empty sequences are dropped; a document of none stays, empty and without eod."""
-        end = [self.tokenizer.eod_id] if self.append_eod and self.tokenizer.eod_id is not None else []
-        sequences: list[list[int]] = []
+        dtype, eod_id = self.words.dtype, self.words.tokenizer.eod_id
+        end = np.array([eod_id], dtype).tobytes() if self.append_eod and eod_id is not None else b""
+        sequences: list[bytes] = []
         counts: list[int] = []
         position = 0
         for document in documents:
             before = sum(map(len, document.texts[:key]))
             start = position + before
-            found = [sequence for sequence in ids[start : start + len(document.texts[key])] if sequence]
+            found = [sequence for sequence in tokens[start : start + len(document.texts[key])] if sequence]
             if found:
-                found[-1] = found[-1] + end
+                found[-1] += end
             sequences.extend(found)
             counts.append(len(found))
             position += sum(map(len, document.texts))
-        lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-        tokens = np.fromiter(chain.from_iterable(sequences), self.dtype, int(lengths.sum()))
+        lengths = np.array([len(sequence) // dtype.itemsize for sequence in sequences], np.int32)
         text_bytes = sum(document.text_bytes[key] for document in documents)
-        return EncodedKey(tokens, lengths, np.array(counts, np.int64), text_bytes)
+        return EncodedKey(np.frombuffer(b"".join(sequences), dtype), lengths, np.array(counts, np.int64), text_bytes)
 
 
 def _all_texts(document: Document) -> list[str]:

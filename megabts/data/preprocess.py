@@ -21,6 +21,7 @@ from megabts.data.readers import find_inputs, line_batches
 from megabts.data.sidecar import describe_tokenizer
 from megabts.errors import UsageError, UserError
 from megabts.tokenizers.protocol import Tokenizer
+from megabts.tokenizers.words import WordEncoder
 
 _BATCH_LINES = 1000
 _BATCH_BYTES = 1 << 18
@@ -92,7 +93,8 @@ def preprocess(
     files = find_inputs(options.inputs)
     dtype = optimal_dtype(tokenizer.vocab_size)
     stop = options.on_bad_line == "stop"
-    encoder = Encoder(tokenizer, options.json_keys, options.append_eod, dtype, options.max_line_bytes, stop)
+    words = WordEncoder(tokenizer, dtype)
+    encoder = Encoder(words, options.json_keys, options.append_eod, options.max_line_bytes, stop)
     batches = line_batches(files, options.max_line_bytes, _BATCH_LINES, _BATCH_BYTES)
     report = PreprocessReport()
     with ExitStack() as stack:

@@ -40,7 +40,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = sha256_hex(definition)
         self.definition = definition
         self._side_files = dict(side_files or {})
-        self._include_special_tokens = include_special_tokens
+        self.include_special_tokens = include_special_tokens
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(definition)
         except Exception as error:  # the library raises plain Exception
@@ -82,7 +82,7 @@ class HuggingFaceTokenizer:
         return cls(tokenizer.to_str().encode("utf-8"), str(vocab_file))
 
     def __reduce__(self) -> tuple[type["HuggingFaceTokenizer"], tuple[bytes, str, dict[str, bytes], bool]]:
-        return HuggingFaceTokenizer, (self.definition, self.name, self._side_files, self._include_special_tokens)
+        return HuggingFaceTokenizer, (self.definition, self.name, self._side_files, self.include_special_tokens)
 
     def named_token(self, role: str) -> int | None:
         """The id of the token that the side files call `role` (bos_token, eos_token, pad_token). Raises UserError."""
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._include_special_tokens)
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=self.include_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:

@@ -26,6 +26,7 @@ from megabts.data.readers import LineBatch
 from megabts.errors import UsageError, UserError
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.train import train_tokenizer
+from megabts.tokenizers.words import WordEncoder
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -191,7 +192,8 @@ def test_a_bad_line_is_recognised(case: str) -> None:
     bad, reason = BAD_LINES[case]
     batch = LineBatch("data.jsonl", 516, [b'{"text": "a"}', bad, b'{"text": "b"}'])
     for stop in (True, False):
-        encoder = Encoder(build_tokenizer("bytes"), ("text",), False, np.dtype(np.uint16), 250_000, stop)
+        words = WordEncoder(build_tokenizer("bytes"), np.dtype(np.uint16))
+        encoder = Encoder(words, ("text",), False, 250_000, stop)
         result = encoder(batch)
         assert [(line.source, line.line) for line in result.bad_lines] == [("data.jsonl", 517)]
         assert re.search(reason, result.bad_lines[0].reason)
