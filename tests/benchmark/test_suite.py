@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from megabts.benchmark import machine
 from megabts.benchmark.machine import BUSY_CORES, cores_used_by_others, describe_machine
 from megabts.benchmark.suite import (
     Benchmark,
@@ -76,9 +77,9 @@ def test_the_table_says_what_was_missed_and_that_the_machine_was_busy() -> None:
 
 
 def test_the_machine_is_described() -> None:
-    machine = describe_machine()
-    assert set(machine) == {"cores", "cpu", "memory_gib", "python", "torch", "threads", "commit"}
-    assert machine["cpu"]
+    found = describe_machine()
+    assert set(found) == {"cores", "cpu", "memory_gib", "python", "torch", "threads", "commit"}
+    assert found["cpu"]
 
 
 @pytest.fixture
@@ -107,12 +108,17 @@ def test_a_busy_machine_is_refused_before_anything_runs() -> None:
     assert results.rows == ROWS
 
 
-@pytest.mark.alone
-def test_our_own_work_does_not_count_as_others() -> None:
-    end = time.monotonic() + 0.3
-    while time.monotonic() < end:  # ended before the look: only what others do meanwhile counts
+def test_our_own_work_does_not_count_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, own = machine._busy_seconds(), machine._own_seconds()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
         pass
-    assert cores_used_by_others(0.5) < BUSY_CORES
+    assert machine._own_seconds() - own >= 0.25  # both clocks see it, so that it cancels
+    assert machine._busy_seconds() - busy >= 0.25
+    busy_seconds, own_seconds = iter([100.0, 100.3]), iter([5.0, 5.1])
+    monkeypatch.setattr(machine, "_busy_seconds", lambda: next(busy_seconds))
+    monkeypatch.setattr(machine, "_own_seconds", lambda: next(own_seconds))
+    assert 0.5 < cores_used_by_others(0.2) <= 1.0  # 0.2 seconds of others in 0.2 seconds, or a little more
 
 
 def test_unknown_benchmarks_and_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
