@@ -35,22 +35,29 @@ from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
 from megabts.runtime.device import check_te, have_te, resolve_dtype
+from megabts.runtime.fusion import Fuse, eager
 from megabts.tokenizers.build import find_tokenizer
 
 Built = Decoder | BTSModel | Ensemble | Routing
 
 
-def make_backend(config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device | str) -> Backend:
+def make_backend(
+    config: RunConfig,
+    mesh: ParallelMesh,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    fuse: Fuse = eager,
+) -> Backend:
     """The layer library that the configuration names; without values (device meta) they are all alike.
 
     Raises UserError where the library is missing or does not run. Every rank must call it.
     """
     precision, sequence = config.precision, config.parallel.sequence
     if precision.layers == "torch" or torch.device(device).type == "meta":
-        return TorchBackend(dtype, device, mesh.tp, sequence)
+        return TorchBackend(dtype, device, mesh.tp, sequence, fuse)
     check_te(torch.device(device))
     group = amax_group(mesh, config.parallel.timeout) if precision.fp8 == "delayed" else None
-    return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group)
+    return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group, fuse)
 
 
 def model_costs(config: RunConfig) -> Costs:
@@ -193,12 +200,13 @@ def load_model(
     *,
     run: RunConfig | None = None,
     without: Sequence[str] = (),
+    fuse: Fuse = eager,
 ) -> LoadedModel:
     """The model of a run or checkpoint folder, or of a Hugging Face folder; nothing else is needed.
 
     `dtype` None: as the checkpoint's run computed, or the Hugging Face folder is stored. `run`: build it with this
     run's settings instead of its own ones, whose layer library gives way to torch where it does not run.
-    `without`: experts of a BTS model to leave out.
+    `without`: experts of a BTS model to leave out. `fuse`: see `megabts.runtime.fusion`.
     Raises UserError (not there, damaged, a member moved or changed).
     """
     stored = source if isinstance(source, StoredModel) else open_model(source)
@@ -209,7 +217,7 @@ def load_model(
     for name in without:
         config = replace(config, bts=remove_expert(config.bts, {}, name)[0])
     dtype = dtype or resolve_dtype(config.precision.dtype, torch.device(device))
-    model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, dtype, device))
+    model = BUILDERS[config.method](config, mesh, make_backend(config, mesh, dtype, device, fuse))
     members = {name: member for name, member in stored.members.items() if name not in without}
     _load_members(model, members, mesh)
     load_weights(folder, model.own_parameters(), whole, mesh)

@@ -122,11 +122,12 @@ class BTSModel(nn.Module):
         for index, point in enumerate(self.plan):
             if first < point.after <= last:
                 states = self._run_members(begin, point.after, states, context, cache)
-                states, begin = self._stitch(index, states, context, exchanges), point.after
+                states, begin = self.stitch(index, states, context, exchanges), point.after
         states = self._run_members(begin, last, states, context, cache)
         return exchanges.leave(torch.stack(states) if states else hidden.new_empty(0, *shape))
 
-    def _stitch(self, index: int, states: list[Tensor], context: Context, exchanges: Exchanges) -> list[Tensor]:
+    def stitch(self, index: int, states: list[Tensor], context: Context, exchanges: Exchanges) -> list[Tensor]:
+        """States [s', b, D] of this rank's members after stitch layer `index`, or the hub's alone after the last."""
         stitch, flow = self.stitches[str(index)], self.flows[index]
         assert isinstance(stitch, Stitch)
         seeds = context.dropout_seeds and [name_seed(f"stitch {index}", seed) for seed in context.dropout_seeds]

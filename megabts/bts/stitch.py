@@ -8,7 +8,7 @@ hidden dimension: the gate is a vector per member and token.
     Hub-into-Experts   g = sigmoid(dropout(W_gate h_0));     h_0 unchanged
                        h_i <- (1 - g_i) * h_i + g_i * (W_proj,i h_0)
 
-The functions are pure; `Stitch` holds one layer's parameters, a projection and a gate slice per member, so that a
+The functions are `mixing`'s; `Stitch` holds one layer's parameters, a projection and a gate slice per member, so that a
 member can be removed, added or trained by itself. The hub's gate slice of a Hub-into-Experts layer is never read and
 is not allocated. How members on several ranks meet is `placement`'s.
 """
@@ -20,42 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabts.bts.flow import StitchFlow, gradient_flow
+from megabts.bts.mixing import experts_into_hub, gate_dropout, sigmoid_mix, softmax_mix
 from megabts.bts.placement import ALONE, Exchanges, Placement, broadcast
 from megabts.bts.plan import Kind, StitchPoint
 from megabts.bts.projection import make_gate, make_projection
 from megabts.config.methods import HUB, BTSConfig
 from megabts.model.backend import Backend
 from megabts.parallel.collectives import all_gather, all_reduce, enter, from_hidden_slices, to_hidden_slices
-from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta, name_seed
-
-
-def experts_into_hub(hub: Tensor, projected: Sequence[Tensor], gates: Tensor) -> Tensor:
-    """The hub's new state: sum of gates [n+1, .., D] times (hub, *projected), each [.., D]."""
-    mixed = gates[0] * hub
-    for gate, state in zip(gates[1:], projected, strict=True):
-        mixed = torch.addcmul(mixed, gate, state)
-    return mixed
-
-
-def hub_into_experts(expert: Tensor, projected_hub: Tensor, gate: Tensor) -> Tensor:
-    """An expert's new state: (1 - gate) * expert + gate * projected hub, each [.., D]."""
-    return torch.lerp(expert, projected_hub, gate)
-
-
-def gate_dropout(logits: Tensor, probability: float, seeds: Sequence[int] | None, tp: Axis = ALONE) -> Tensor:
-    """Dropout on gate logits [s, b, D / tp]; the mask of sample j depends on seeds[j] alone. None or 0 changes nothing.
-
-    The mask of all D dimensions is drawn and this rank's slice taken, so that it is the same at every degree.
-    """
-    if seeds is None or probability == 0:
-        return logits
-    s, b, width = logits.shape
-    keep = torch.empty(s, b, width * tp.size, dtype=torch.float32, device=logits.device)
-    for sample, seed in enumerate(seeds):
-        keep[:, sample].bernoulli_(1 - probability, generator=torch.Generator(logits.device).manual_seed(seed))
-    keep = keep[..., tp.rank * width : (tp.rank + 1) * width]
-    return (logits * keep.div_(1 - probability)).to(logits.dtype)
 
 
 class Stitch(nn.Module):
@@ -84,7 +56,7 @@ class Stitch(nn.Module):
         self.dropout = config.gate_dropout
         self.placement = placement = placement or Placement.of(config.members, ALONE)
         self.flow = flow or gradient_flow([StitchPoint(0, kind)], config)[0]
-        self.tp, self.sequence = backend.tp, backend.sequence
+        self.tp, self.sequence, self.fuse = backend.tp, backend.sequence, backend.fuse
         d, with_hub = hidden_size, kind == "experts_into_hub" and placement.has_hub
         self.normalised = config.gate_input == "normalised"
         self.projections = nn.ModuleDict({name: make_projection(d, config, backend) for name in placement.experts})
@@ -120,13 +92,13 @@ class Stitch(nn.Module):
         seeds = dropout_seeds if self.training else None
         exchanges = exchanges or Exchanges(self.placement.ep)
         if self.kind == "hub_into_experts":
-            return self._into_experts(states, seeds, exchanges)
+            return self._into_experts(states, seeds, exchanges, with_gates)
         experts = states[self.placement.has_hub :]
         projected = [
             project(self._enter(state)) for project, state in zip(self.projections.values(), experts, strict=True)
         ]
         if self.placement.exchange == "gather":
-            hub, gates = self._gathered(states[0], projected, seeds, exchanges)
+            hub, gates = self._gathered(states[0], projected, seeds, exchanges, with_gates)
         else:
             hub, gates = self._reduced(states[0], projected, seeds, exchanges, with_gates)
         new = [self._leave(hub)] if hub is not None else []
@@ -137,34 +109,38 @@ class Stitch(nn.Module):
         return [*new, *(self._leave(state) for state in projected)], gates
 
     def _into_experts(
-        self, states: Sequence[Tensor], seeds: Sequence[int] | None, exchanges: Exchanges
+        self, states: Sequence[Tensor], seeds: Sequence[int] | None, exchanges: Exchanges, with_gates: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         hub = exchanges.broadcast(states[0], HUB in self.flow.before)
         held = self.placement.has_hub
         if len(states) == held:  # the hub alone
             return list(states), []
         read = self._enter(hub)
-        gates = [logit.sigmoid() for logit in self._gate_logits(read, seeds)]
+        logits = self._gate_logits(read, seeds)
         mixed = [
-            self._leave(hub_into_experts(self._slice(expert), project(read), gate))
-            for expert, project, gate in zip(states[held:], self.projections.values(), gates, strict=True)
+            self._leave(sigmoid_mix(logit, self._slice(expert), project(read), self.fuse))
+            for expert, project, logit in zip(states[held:], self.projections.values(), logits, strict=True)
         ]
-        return [*states[:held], *mixed], gates
+        return [*states[:held], *mixed], [logit.detach().sigmoid() for logit in logits] if with_gates else []
 
     def _gathered(
-        self, hub: Tensor, projected: list[Tensor], seeds: Sequence[int] | None, exchanges: Exchanges
+        self,
+        hub: Tensor,
+        projected: list[Tensor],
+        seeds: Sequence[int] | None,
+        exchanges: Exchanges,
+        with_gates: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(the hub's new state, a slice; all gates) on the hub's rank, which alone mixes; (None, none) elsewhere."""
         projected = self._meet(hub, projected, exchanges)
         if not self.placement.has_hub:
             return None, []
-        softmax = torch.stack(self._gate_logits(self._enter(hub), seeds)).softmax(0)
-        own = self._slice(hub)
-        gates = list(softmax.unbind(0))
-        mixed = experts_into_hub(own, projected, softmax)
+        logits, own = self._gate_logits(self._enter(hub), seeds), self._slice(hub)
+        gates = list(torch.stack(logits).detach().softmax(0).unbind(0)) if with_gates else []
+        mixed = softmax_mix(logits, [own, *projected], self.fuse)
         if self.mix is None:
             return mixed, gates
-        return torch.lerp(own, mixed, self.mix), _diluted(gates, self.mix)
+        return torch.lerp(own, mixed, self.mix), _diluted(gates, self.mix) if with_gates else []
 
     def _meet(self, hub: Tensor, projected: list[Tensor], exchanges: Exchanges) -> list[Tensor]:
         """All projected states, on the hub's rank."""
@@ -232,7 +208,7 @@ class Stitch(nn.Module):
             mine = None if seeds is None else [name_seed(name, seed) for seed in seeds]
             logit = gate(read)
             split = self.tp if logit.shape[-1] == width else ALONE  # else: a number per token, the same on every rank
-            logits.append(gate_dropout(logit, self.dropout, mine, split).expand(*hub.shape[:-1], width))
+            logits.append(gate_dropout(logit, self.dropout, mine, split, self.fuse).expand(*hub.shape[:-1], width))
         if self.hub_bias is not None:
             logits[0] = logits[0] + self.hub_bias
         return logits

@@ -147,6 +147,9 @@ class TrainConfig:
     """Samples per forward pass on one rank; gradients accumulate up to the global batch."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none; selective (attention and MLP activation); full (whole layers)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether element-wise work is compiled into few passes over memory (torch.compile): auto does so where a compiler
+    is found and the run is long enough to pay for it, 1000 steps."""
     seed: int = 0
     """Seed of the initial weights and of dropout."""
     valid_every: int = 0

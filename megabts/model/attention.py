@@ -140,10 +140,10 @@ class Attention(nn.Module):
         if self.qk_norm:
             query, key, value = heads.split([num_query, num_key, num_value], 2)
             query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
-            query, key = rotate(query, context.rope), rotate(key, context.rope)
+            query, key = (rotate(part, context.rope, self.backend.fuse) for part in (query, key))
         else:  # one rotation for queries and keys together
             turned, value = heads.split([num_query + num_key, num_value], 2)
-            query, key = rotate(turned, context.rope).split([num_query, num_key], 2)
+            query, key = rotate(turned, context.rope, self.backend.fuse).split([num_query, num_key], 2)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         return self.backend.attention(query, key, value, context.mask)

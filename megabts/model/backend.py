@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
 from megabts.parallel.tensor import Vocabulary
+from megabts.runtime.fusion import Fuse
 
 Recompute = Literal["none", "selective", "full"]
 """What backward computes again: nothing; attention and the MLP's activation; whole layers."""
@@ -30,6 +31,8 @@ class Backend(Protocol):
     device: torch.device
     tp: Axis
     sequence: bool
+    fuse: Fuse
+    """How element-wise functions are called."""
 
     def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None, *, entered: bool = False) -> nn.Module:
         """Linear [s', b, in] -> [s, b, out / tp]; parameters `weight` [out, in] and, if asked for, `bias` [out].

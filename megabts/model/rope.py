@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megabts.config.model import ModelConfig
+from megabts.runtime.fusion import Fuse, eager
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -69,29 +70,29 @@ def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tupl
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor], fuse: Fuse = eager) -> Tensor:
     """Rotate heads x [s, b, heads, head_dim] by `rotation`'s angles."""
-    return _Rotate.apply(x, *rope)
+    return _Rotate.apply(x, *rope, fuse)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    low, high = out.chunk(2, -1)
-    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=high).addcmul_(first, sin)
-    return out
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turn(x, cos, -sin)
 
 
 class _Rotate(torch.autograd.Function):
     """A (scaled) rotation's backward is the one by the opposite angle; nothing of the input is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, fuse: Fuse) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.fuse = fuse
+        return fuse(_turn)(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.fuse(_turn_back)(grad, *ctx.saved_tensors), None, None, None

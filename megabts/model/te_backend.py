@@ -26,6 +26,7 @@ from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
 from megabts.parallel.tensor import check_columns
 from megabts.runtime.device import load_te
+from megabts.runtime.fusion import Fuse, eager
 
 
 class TEBackend(TorchBackend):
@@ -43,8 +44,9 @@ class TEBackend(TorchBackend):
         sequence: bool = False,
         fp8: FP8 = "none",
         amax_group: ProcessGroup | None = None,
+        fuse: Fuse = eager,
     ) -> None:
-        super().__init__(dtype, device, tp, sequence)
+        super().__init__(dtype, device, tp, sequence, fuse)
         self.te = load_te()
         self.fp8 = fp8
         self.recipe = make_recipe(fp8, reduce_amax=amax_group is not None)
@@ -115,7 +117,7 @@ class TEBackend(TorchBackend):
         """See `Backend`. TE's MLP can only compute all of itself but `down` again; selective is two modules instead."""
         if recompute == "selective":
             norm, column = self.norm_linear(size, eps, gate_up)
-            return norm, MLP(column, self.row_linear(down), recompute)
+            return norm, MLP(column, self.row_linear(down), recompute, self.fuse)
         check_columns(down, self.tp)
         inner = self._build(
             "LayerNormMLP",

@@ -41,7 +41,7 @@ class FFNExperts(nn.Module):
         super().__init__()
         n, d, f = num_ffn_experts, hidden_size, width
         self.num_ffn_experts, self.recompute, self.axis = n, recompute, experts
-        self.adapters = adapters
+        self.adapters, self.fuse = adapters, backend.fuse
         held = held_by(experts, n)
         self.metas = {
             "gate_up": ParamMeta((n, 2 * f, d), "normal", stds[0], dim=1, parts=(f, f), held=held),
@@ -96,6 +96,6 @@ class FFNExperts(nn.Module):
 
     def _activate(self, wide: Tensor) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            out: Tensor = checkpoint(swiglu, wide, use_reentrant=False)
+            out: Tensor = checkpoint(swiglu, wide, self.fuse, use_reentrant=False)
             return out
-        return swiglu(wide)
+        return swiglu(wide, self.fuse)

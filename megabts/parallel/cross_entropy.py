@@ -15,70 +15,129 @@ from torch import Tensor
 
 from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import Axis
+from megabts.runtime.fusion import Fuse, eager
+
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Logits that exist at one time: on CPU few enough for its caches, on a GPU enough to keep it busy."""
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, tp: Axis, first: int, chunk: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    tp: Axis,
+    first: int,
+    *,
+    chunk: int | None = None,
+    fuse: Fuse = eager,
 ) -> Tensor:
     """Sum of the masked positions' cross-entropy, in nats (float32 scalar; float64 for float64).
 
     hidden [T, D]; weight [V/tp, D], rows first.. of the vocabulary; labels [T] token ids; mask [T], 1 counts and 0
-    does not.
+    does not. `chunk`: positions at one time; None: by the vocabulary's size.
     """
     if not torch.is_grad_enabled():  # the gradient is formed in forward: evaluation must not pay for it
         hidden, weight = hidden.detach(), weight.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, mask, tp, first, chunk)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, mask, tp, first, chunk or _chunk(weight), fuse)
     return loss
 
 
 def linear_cross_entropies(
-    hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, first: int, chunk: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    tp: Axis,
+    first: int,
+    *,
+    chunk: int | None = None,
+    fuse: Fuse = eager,
 ) -> Tensor:
     """Each position's cross-entropy, in nats, [T] (float32; float64 for float64), of a head that does not train.
 
     hidden [T, D], labels [T] and weight as in `linear_cross_entropy`; the weight gets no gradient.
     """
-    losses: Tensor = _LinearCrossEntropies.apply(hidden, weight.detach(), labels, tp, first, chunk)
+    losses: Tensor = _LinearCrossEntropies.apply(
+        hidden, weight.detach(), labels, tp, first, chunk or _chunk(weight), fuse
+    )
     return losses
 
 
-def _softmax_chunk(logits: Tensor, labels: Tensor, tp: Axis, first: int) -> tuple[Tensor, Tensor]:
-    """(per-position loss [t], softmax minus one-hot [t, V/tp]); overwrites `logits` (float32)."""
-    maximum = all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX)
-    logits.sub_(maximum.unsqueeze(-1))
-    local = labels - first
-    inside = (local >= 0) & (local < logits.shape[-1])
-    local = local.masked_fill(~inside, 0).unsqueeze(-1)
-    target = all_reduce(logits.gather(-1, local).squeeze(-1).masked_fill(~inside, 0), tp)
-    logits.exp_()
-    total = all_reduce(logits.sum(-1), tp)
-    logits.mul_(total.reciprocal().unsqueeze(-1))
-    logits.scatter_add_(-1, local, -inside.to(logits.dtype).unsqueeze(-1))
-    return total.log() - target, logits
+def _chunk(weight: Tensor) -> int:
+    """Positions at one time, for a head [V/tp, D]."""
+    return max(128, CHUNK_ELEMENTS.get(weight.device.type, 1 << 21) // len(weight))
+
+
+class _Softmax:
+    """Softmax of a chunk of positions: each one's loss, then the gradient of its logits."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, tp: Axis, first: int, fuse: Fuse) -> None:
+        """logits [t, V/tp] of the rows first.. of the vocabulary, labels [t]."""
+        self.dtype, self.fuse = logits.dtype, fuse
+        local = labels - first
+        inside = (local >= 0) & (local < logits.shape[-1])
+        self.local = local.masked_fill(~inside, 0).unsqueeze(-1)
+        self.inside = inside.to(_exact(logits))
+        maximum = all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX).to(self.inside.dtype)
+        target = logits.gather(-1, self.local).squeeze(-1).to(maximum.dtype) - maximum
+        target = all_reduce(target * self.inside, tp)
+        self.exponentials, total = fuse(_exponentials)(logits, maximum)
+        self.total = all_reduce(total, tp)
+        self.losses = self.total.log() - target
+
+    def gradient(self, keep: Tensor) -> Tensor:
+        """Softmax minus one-hot, times keep [t]: [t, V/tp]. To be called once: it overwrites."""
+        own = self.exponentials.gather(-1, self.local).squeeze(-1) / self.total
+        scale = keep / self.total
+        grad = self.fuse(_scaled)(self.exponentials, scale, self.dtype)
+        exact = (own - self.inside) * keep  # before it is rounded
+        kept = torch.where(self.inside > 0, exact.to(self.dtype), grad.gather(-1, self.local).squeeze(-1))
+        return grad.scatter_(-1, self.local, kept.unsqueeze(-1))
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _exponentials(logits: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - maximum) and its sum over the vocabulary, in fp32."""
+    exponentials = (logits.to(maximum.dtype) - maximum.unsqueeze(-1)).exp_()
+    return exponentials, exponentials.sum(-1)
+
+
+def _scaled(exponentials: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return exponentials.mul_(scale.unsqueeze(-1)).to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, tp: Axis, first: int, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        tp: Axis,
+        first: int,
+        chunk: int,
+        fuse: Fuse,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        exact = _exact(hidden)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             keep = mask[part].to(exact)
-            logits = (hidden[part] @ weight.T).to(exact)
-            losses, softmax = _softmax_chunk(logits, labels[part], tp, first)
-            loss += (losses * keep).sum()
+            softmax = _Softmax(hidden[part] @ weight.T, labels[part], tp, first, fuse)
+            loss += (softmax.losses * keep).sum()
             if need_hidden or need_weight:
-                grad_logits = softmax.mul_(keep.unsqueeze(-1)).to(hidden.dtype)
+                grad_logits = softmax.gradient(keep)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+                _add_product(grad_weight, grad_logits.T, hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -90,23 +149,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 class _LinearCrossEntropies(torch.autograd.Function):
     """Position by position: a row of hidden's gradient depends on its own loss alone, so backward only scales rows."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, first: int, chunk: int) -> Tensor:
-        exact = torch.promote_types(hidden.dtype, torch.float32)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, first: int, chunk: int, fuse: Fuse
+    ) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=_exact(hidden), device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ weight.T).to(exact)
-            losses[part], grad_logits = _softmax_chunk(logits, labels[part], tp, first)
+            softmax = _Softmax(hidden[part] @ weight.T, labels[part], tp, first, fuse)
+            losses[part] = softmax.losses
             if grad_hidden is not None:
-                torch.mm(grad_logits.to(hidden.dtype), weight, out=grad_hidden[part])
+                torch.mm(softmax.gradient(torch.ones_like(softmax.losses)), weight, out=grad_hidden[part])
         ctx.save_for_backward(grad_hidden)
         return losses
 
@@ -115,4 +183,4 @@ class _LinearCrossEntropies(torch.autograd.Function):
         (grad_hidden,) = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype).unsqueeze(-1)
-        return grad_hidden, None, None, None, None, None
+        return grad_hidden, None, None, None, None, None, None

@@ -25,6 +25,7 @@ from megabts.parallel.cross_entropy import linear_cross_entropies, linear_cross_
 from megabts.parallel.mesh import Axis
 from megabts.parallel.ranges import Range
 from megabts.parallel.sharding import ParamMeta
+from megabts.runtime.fusion import Fuse, eager
 
 
 def _parameter(meta: ParamMeta, tp: Axis, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -154,10 +155,12 @@ class Vocabulary(nn.Module):
         device: torch.device,
         *,
         sequence: bool = False,
+        fuse: Fuse = eager,
     ) -> None:
         super().__init__()
         self.tp = tp
         self.sequence = sequence
+        self.fuse = fuse
         self.sizes = [b - a for a, b in (vocab_range(vocab_size, replace(tp, rank=r)) for r in range(tp.size))]
         if 0 in self.sizes:
             raise UsageError(f"parallel.tensor {tp.size} is too much for a vocabulary of {vocab_size}: a rank has none")
@@ -183,12 +186,15 @@ class Vocabulary(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Sum of the cross-entropy in nats over positions; hidden [s', b, D], labels and mask [s, b]."""
         hidden = enter(hidden, self.tp, self.sequence).flatten(0, 1)
-        return linear_cross_entropy(hidden, self.weight, labels.flatten(), mask.flatten(), self.tp, self.first)
+        return linear_cross_entropy(
+            hidden, self.weight, labels.flatten(), mask.flatten(), self.tp, self.first, fuse=self.fuse
+        )
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in nats of each position [s, b], of a frozen matrix; hidden [s', b, D], labels [s, b]."""
         hidden = enter(hidden, self.tp, self.sequence).flatten(0, 1)
-        return linear_cross_entropies(hidden, self.weight, labels.flatten(), self.tp, self.first).view(labels.shape)
+        losses = linear_cross_entropies(hidden, self.weight, labels.flatten(), self.tp, self.first, fuse=self.fuse)
+        return losses.view(labels.shape)
 
 
 class VocabMeta(ParamMeta):

@@ -24,6 +24,7 @@ from megabts.parallel.collectives import broadcast_object, gather_objects
 from megabts.parallel.layout import check_layout
 from megabts.parallel.mesh import ParallelMesh, build_mesh, degrees
 from megabts.runtime.device import Launch, check_te, pick_device, resolve_dtype, share_cores, start_communication
+from megabts.runtime.fusion import choose_fuse
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
 from megabts.train.stages import Stages
@@ -179,8 +180,9 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start
 def _start(
     config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device, start: StoredModel | None
 ) -> tuple[Built, list[MemberRecord]]:
+    fuse = choose_fuse(config.train.compile, device, config.train.steps)
     if start is None or not config.checkpoint.init_from:
-        backend = make_backend(config, mesh, dtype, device)
+        backend = make_backend(config, mesh, dtype, device, fuse)
         return new_model(config, mesh, backend, start.members if start else None)
-    loaded = load_model(start, mesh, dtype, device, run=config)
+    loaded = load_model(start, mesh, dtype, device, run=config, fuse=fuse)
     return loaded.model, loaded.members

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megabts.bts.mixing import experts_into_hub, gate_dropout, hub_into_experts
 from megabts.bts.plan import Kind
-from megabts.bts.stitch import Stitch, experts_into_hub, gate_dropout, hub_into_experts
+from megabts.bts.stitch import Stitch
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise, named_metas

@@ -7,13 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megabts.model import torch_backend
 from megabts.model.attention import make_context
-from megabts.model.torch_backend import TorchBackend, _explicit_is_faster, _ExplicitAttention
+from megabts.model.torch_backend import TorchBackend, _ExplicitAttention
 from megabts.parallel.mesh import Axis
 from tests.model.models import VARIANTS, batch, decoder, distance, gradients
 
 BACKEND = TorchBackend(torch.float32, "cpu", Axis("tp"))
-SHAPES = [(7, 7, 4, 4), (7, 7, 4, 2), (5, 5, 6, 1), (3, 8, 4, 2), (1, 6, 4, 2)]  # s, t, heads, kv_heads
+SHAPES = [
+    (7, 7, 4, 4),
+    (7, 7, 4, 2),
+    (5, 5, 6, 1),
+    (3, 8, 4, 2),
+    (1, 6, 4, 2),
+    (130, 130, 4, 2),
+    (70, 200, 2, 1),
+]  # s, t, heads, kv_heads
 
 
 def qkv(s: int, t: int, heads: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -44,15 +53,21 @@ def plain(inputs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     return torch.cat(heads, -1)
 
 
-def explicit(inputs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+def explicit(inputs: Sequence[Tensor], mask: Tensor | None, keep: bool = True) -> Tensor:
     query, key, value = (x.permute(1, 2, 0, 3) for x in inputs)
-    out: Tensor = _ExplicitAttention.apply(query, key, value, mask)
+    out: Tensor = _ExplicitAttention.apply(query, key, value, mask, keep)
     return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def explicit_again(inputs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    return explicit(inputs, mask, keep=False)
 
 
 def fused(inputs: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     query, key, value = inputs
-    return BACKEND.attention(query, key, value, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_backend, "_explicit_is_faster", lambda query, key: False)
+        return BACKEND.attention(query, key, value, mask)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -63,7 +78,7 @@ def test_both_paths_equal_plain_softmax(shape: tuple[int, int, int, int], masked
     expected = plain(inputs, mask)
     direction = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, inputs, direction)
-    for path in (explicit, fused):
+    for path in (explicit, explicit_again, fused):
         out = path(inputs, mask)
         assert distance(out, expected) < 1e-6
         for found, grad in zip(torch.autograd.grad(out, inputs, direction), expected_grads):
@@ -78,12 +93,13 @@ def test_gradient_of_the_explicit_path(shape: tuple[int, int, int, int], masked:
     assert torch.autograd.gradcheck(lambda *x: explicit(x, mask), inputs)
 
 
-def test_bfloat16_training_takes_the_explicit_path_and_is_close() -> None:
+def test_training_takes_the_explicit_path_and_bfloat16_is_close() -> None:
     exact = qkv(32, 32, 4, 2)
     low = [x.detach().bfloat16().requires_grad_() for x in exact]
-    assert _explicit_is_faster(low[0].permute(1, 2, 0, 3), low[1].permute(1, 2, 0, 3))
-    assert not _explicit_is_faster(exact[0].permute(1, 2, 0, 3), exact[1].permute(1, 2, 0, 3))
-    expected, found = fused(exact, None), fused(low, None)
+    for query, key, _ in (low, exact):
+        assert torch_backend._explicit_is_faster(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3))
+        assert not torch_backend._explicit_is_faster(query.detach(), key.detach())
+    expected, found = fused(exact, None), BACKEND.attention(low[0], low[1], low[2], None)
     assert found.dtype == torch.bfloat16
     assert distance(found.float(), expected) < 0.02
     grads = torch.autograd.grad(expected.square().sum(), exact)

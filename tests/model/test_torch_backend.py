@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabts.model.torch_backend import RMSNorm, _RMSNorm, swiglu
+from megabts.runtime.fusion import eager
 from tests.model.models import batch, decoder, distance, gradients
 
 CPU = torch.device("cpu")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(x, weight, 1e-3)
+    out: Tensor = _RMSNorm.apply(x, weight, 1e-3, eager)
     return out
 
 

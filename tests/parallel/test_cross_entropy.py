@@ -9,9 +9,10 @@ from torch import Tensor
 
 from megabts.config.run import ParallelConfig
 from megabts.parallel.collectives import copy
-from megabts.parallel.cross_entropy import _softmax_chunk, linear_cross_entropy
+from megabts.parallel.cross_entropy import _Softmax, linear_cross_entropy
 from megabts.parallel.mesh import Axis, build_mesh
 from megabts.parallel.tensor import vocab_range
+from megabts.runtime.fusion import eager
 from tests.model.models import distance
 from tests.ranks import run_ranks
 
@@ -37,7 +38,7 @@ def test_equals_torch_at_any_chunk(chunk: int) -> None:
     hidden, weight, labels, mask = inputs()
     expected = plain(hidden, weight, labels, mask)
     grads = torch.autograd.grad(3 * expected, (hidden, weight))
-    loss = linear_cross_entropy(hidden, weight, labels, mask, ONE, 0, chunk)
+    loss = linear_cross_entropy(hidden, weight, labels, mask, ONE, 0, chunk=chunk)
     torch.testing.assert_close(loss, expected)
     for found, grad in zip(torch.autograd.grad(3 * loss, (hidden, weight)), grads):
         assert distance(found, grad) < 2e-6
@@ -47,7 +48,7 @@ def test_gradcheck() -> None:
     hidden, weight, labels, mask = inputs(torch.float64)
     small = [x.detach()[:11, :4].clone().requires_grad_() for x in (hidden, weight)]
     labels, mask = labels[:11] % 11, mask[:11]
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, mask, ONE, 0, 4), small)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, mask, ONE, 0, chunk=4), small)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -56,7 +57,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_nothing_else(frozen: int) -
     pair = [hidden, weight]
     expected = torch.autograd.grad(plain(hidden, weight, labels, mask), pair[1 - frozen])[0]
     pair[frozen].requires_grad_(False)
-    linear_cross_entropy(hidden, weight, labels, mask, ONE, 0, 8).backward()
+    linear_cross_entropy(hidden, weight, labels, mask, ONE, 0, chunk=8).backward()
     other = pair[1 - frozen].grad
     assert other is not None
     assert distance(other, expected) < 2e-6
@@ -96,7 +97,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_bfloat16_is_close() -> None:
     hidden, weight, labels, mask = inputs(torch.bfloat16)
-    loss = linear_cross_entropy(hidden, weight, labels, mask, ONE, 0, 8)
+    loss = linear_cross_entropy(hidden, weight, labels, mask, ONE, 0, chunk=8)
     assert loss.dtype == torch.float32
     exact = [x.detach().float().requires_grad_() for x in (hidden, weight)]
     expected = plain(exact[0], exact[1], labels, mask)
@@ -113,9 +114,9 @@ def test_softmax_chunk_is_the_gradient_of_the_logits() -> None:
     logits = torch.randn(5, 11, requires_grad=True)
     labels = torch.tensor([0, 10, 3, 3, 7])
     expected = F.cross_entropy(logits, labels, reduction="none")
-    losses, grad = _softmax_chunk(logits.detach().clone(), labels, ONE, 0)
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), logits)[0])
+    softmax = _Softmax(logits.detach().clone(), labels, ONE, 0, eager)
+    torch.testing.assert_close(softmax.losses, expected)
+    torch.testing.assert_close(softmax.gradient(torch.ones(5)), torch.autograd.grad(expected.sum(), logits)[0])
 
 
 def split_loss(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -126,7 +127,7 @@ def split_loss(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     for chunk in (7, 1024):
         hidden, weight, labels, mask = inputs()
         rows = weight.detach()[first:last].clone().requires_grad_()
-        loss = linear_cross_entropy(copy(hidden, tp), rows, labels, mask, tp, first, chunk)
+        loss = linear_cross_entropy(copy(hidden, tp), rows, labels, mask, tp, first, chunk=chunk)
         loss.backward()
         assert hidden.grad is not None
         assert rows.grad is not None
