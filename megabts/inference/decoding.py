@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megabts.inference.kv_cache import Decode, KVCache, Places, Prefill
+from megabts.inference.one_token import OneToken
 from megabts.model.attention import Context
 from megabts.model.decoder import Model
 from megabts.model.rope import rotation
@@ -65,9 +66,12 @@ class Decoding:
         self.capacity = capacity
         self.device = next(model.parameters()).device
         tp = 1 if mesh is None else mesh.tp.size
-        self.caches = [
-            KVCache.empty(model.config, tp, capacity, model.dtype, self.device) for _ in range(model.num_local_members)
-        ]
+        self.cache = KVCache.empty(
+            model.config, tp, capacity, model.dtype, self.device, members=model.num_local_members
+        )
+        """Of all members together."""
+        self.caches = self.cache.split(model.num_local_members)
+        self._one_token = OneToken.of(model)
         self.memory: dict[str, Tensor] = {}
         """The model's, of the rows in progress; rows are the first dimension of each tensor."""
         self._rows: list[_Row] = []
@@ -138,7 +142,7 @@ class Decoding:
         memory: dict[str, Tensor],
     ) -> Tensor:
         model = self.model
-        for cache in self.caches:
+        for cache in (self.cache, *self.caches):
             cache.places = places
         context = Context(
             rotation(model.config, positions, model.dtype),
@@ -148,7 +152,11 @@ class Decoding:
             prompt_length=prompt_length,
             memory=memory,
         )
-        hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context, self.caches)
+        hidden = model.embed(tokens)
+        if self._one_token is not None and isinstance(places, Decode):
+            hidden = self._one_token.run_layers(hidden, context, self.cache)
+        else:
+            hidden = model.run_layers(0, model.config.num_layers, hidden, context, self.caches)
         return model.logits(hidden, context, last=True)[:, 0]
 
 

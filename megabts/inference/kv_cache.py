@@ -147,9 +147,21 @@ class KVCache:
         self.places = places
 
     @classmethod
-    def empty(cls, config: ModelConfig, tp: int, capacity: int, dtype: torch.dtype, device: torch.device) -> "KVCache":
-        """Room for `capacity` tokens. Zeros: what is masked must be finite all the same."""
-        return cls(torch.zeros(_shape(config, tp, capacity), dtype=dtype, device=device), Prefill([]))
+    def empty(
+        cls,
+        config: ModelConfig,
+        tp: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        members: int = 1,
+    ) -> "KVCache":
+        """Room for `capacity` tokens of all members. Zeros: what is masked must be finite all the same."""
+        return cls(torch.zeros(_shape(config, tp, capacity, members), dtype=dtype, device=device), Prefill([]))
+
+    def split(self, members: int) -> "list[KVCache]":
+        """Each member's part: its heads are neighbours."""
+        return [KVCache(part, self.places) for part in self.stored.chunk(members, 2)]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store [s, b, kv_heads, hd] of the rows; returns keys and values [t, b, kv_heads, hd] of all so far."""
@@ -165,5 +177,5 @@ def cache_bytes(config: ModelConfig, tp: int, capacity: int, dtype: torch.dtype)
     return torch.Size(_shape(config, tp, capacity)).numel() * dtype.itemsize
 
 
-def _shape(config: ModelConfig, tp: int, capacity: int) -> tuple[int, ...]:
-    return config.num_layers, 2, max(1, config.num_kv_heads // tp), capacity, config.head_dim
+def _shape(config: ModelConfig, tp: int, capacity: int, members: int = 1) -> tuple[int, ...]:
+    return config.num_layers, 2, members * max(1, config.num_kv_heads // tp), capacity, config.head_dim

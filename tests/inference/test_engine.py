@@ -212,7 +212,7 @@ def test_stop_strings_cut_the_text_before_them(first: int, last: int) -> None:
 def test_memory_is_known_and_does_not_grow() -> None:
     model = build("bts-alternating")
     engine = Engine(model, 4, 50)
-    held = sum(cache.stored.untyped_storage().nbytes() for cache in engine._decoding.caches)
+    held = engine._decoding.cache.stored.untyped_storage().nbytes()
     assert engine.cache_bytes == held == 3 * cache_bytes(model.config, 1, 50, torch.float32)
     before = [cache.stored.data_ptr() for cache in engine._decoding.caches]
     rows = [engine.submit(Request([1, 2, 3], GenerationSettings(18))) for _ in range(5)]  # 20 tokens each: two at once
