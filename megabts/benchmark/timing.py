@@ -6,7 +6,7 @@ mood, two times of one round hardly do. The spread is half the interquartile ran
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -34,7 +34,7 @@ def ratio_of(dividends: Sequence[float], divisors: Sequence[float]) -> Measure:
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], object]],
+    contestants: Mapping[str, Callable[[], object]],
     rounds: int,
     warm_up: int = 1,
     progress: Callable[[str], None] = lambda line: None,

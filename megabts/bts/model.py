@@ -136,7 +136,7 @@ class BTSModel(nn.Module):
             seeds,
             last=flow.point.after == self.config.num_layers and not self.mixes,
             exchanges=exchanges,
-            with_gates=bool(self._observers),
+            with_gates=self.observed,
         )
         if flow.after:
             exchanges.begin_backward(states[0])
@@ -230,6 +230,11 @@ class BTSModel(nn.Module):
             yield
         finally:
             self._observers.remove(observer)
+
+    @property
+    def observed(self) -> bool:
+        """Whether anyone is told of gates."""
+        return bool(self._observers)
 
     def _decoders(self) -> list[Decoder]:
         return list(self.members.values())  # type: ignore[arg-type]

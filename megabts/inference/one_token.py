@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from megabts.bts.model import BTSModel
 from megabts.bts.placement import Exchanges
+from megabts.bts.stitch import Stitch
 from megabts.inference.kv_cache import KVCache
 from megabts.model.attention import Context
 from megabts.model.decoder import Decoder, Model
 from megabts.model.torch_backend import TorchBackend
+from megabts.parallel.tensor import ColumnLinear
 
 _ROWS = 8
 """From so many rows on, or in 16 bits, weights x states is faster than states x weights, for MKL and oneDNN."""
@@ -52,6 +54,8 @@ class OneToken:
         self.layers = [
             _Layer([decoder.layers[str(index)] for decoder in decoders]) for index in range(model.config.num_layers)
         ]
+        stitches = model.stitches.values() if isinstance(model, BTSModel) else ()
+        self.stitches = [_Stitch.of(stitch) for stitch in stitches]  # type: ignore[arg-type]
         self._eps = torch.tensor(model.config.norm_eps, device=decoders[0].backend.device)
 
     def run_layers(self, hidden: Tensor, context: Context, cache: KVCache) -> Tensor:
@@ -64,8 +68,12 @@ class OneToken:
         exchanges, begin, states = Exchanges(model.placement.ep), 0, hidden.squeeze(1)
         for index, point in enumerate(model.plan):
             states = self._run(begin, point.after, states, rope, context, cache)
-            new = model.stitch(index, list(states.unsqueeze(1).unbind(0)), context, exchanges)
-            states, begin = torch.cat(new), point.after
+            fast = None if model.observed else self.stitches[index]
+            if fast is not None:
+                states = fast(states, last=point.after == self.config.num_layers and not model.mixes)
+            else:
+                states = torch.cat(model.stitch(index, list(states.unsqueeze(1).unbind(0)), context, exchanges))
+            begin = point.after
         return states.unsqueeze(1)
 
     def _run(
@@ -137,6 +145,41 @@ class _Layer:
         self.down = _stack([layer.mlp.down.weight for layer in layers])
 
 
+class _Stitch:
+    """A stitch layer whose matrices are full: all its gates are one product, its projections another."""
+
+    @classmethod
+    def of(cls, stitch: Stitch) -> "_Stitch | None":
+        """For the layer; None where a matrix has another form."""
+        matrices = [*stitch.projections.values(), *stitch.gates.values()]
+        full = all(isinstance(matrix, ColumnLinear) for matrix in matrices)
+        return cls(stitch) if full and len(stitch.projections) else None
+
+    def __init__(self, stitch: Stitch) -> None:
+        self.stitch = stitch
+        self.projections, self.gates = (
+            _stack([matrix.weight for matrix in matrices.values()])  # type: ignore[misc]
+            for matrices in (stitch.projections, stitch.gates)
+        )
+
+    def __call__(self, states: Tensor, *, last: bool) -> Tensor:
+        """[members, b, D] -> the same, or the hub's alone, [1, b, D], after the `last`; see `Stitch`."""
+        stitch, hub, experts = self.stitch, states[:1], states[1:]
+        logits = _linears(F.rms_norm(hub, hub.shape[-1:]) if stitch.normalised else hub, self.gates)
+        if stitch.kind == "hub_into_experts":
+            return torch.cat([hub, torch.lerp(experts, _linears(hub, self.projections), logits.sigmoid())])
+        projected = _linear(experts, self.projections)
+        if stitch.hub_bias is not None:
+            logits[0] += stitch.hub_bias
+        gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
+        mixed = (gates * torch.cat([hub, projected])).sum(0, keepdim=True).to(hub.dtype)
+        if stitch.mix is not None:
+            mixed = torch.lerp(hub, mixed, stitch.mix)
+        if last:
+            return mixed
+        return torch.cat([mixed, experts if stitch.expert_stream == "unchanged" else projected])
+
+
 @torch.no_grad()
 def _stack(parameters: Sequence[nn.Parameter]) -> Tensor:
     """[members, ..] of which the parameters are views from now on: nothing is kept twice."""
@@ -164,6 +207,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         out = torch.bmm(x, weight.transpose(1, 2))
     return out if bias is None else out + bias
+
+
+def _linears(x: Tensor, weight: Tensor) -> Tensor:
+    """One x [1, b, in] by several weights [n, out, in] -> [n, b, out]."""
+    out = _linear(x, weight.flatten(0, 1).unsqueeze(0))
+    return out.view(x.shape[1], len(weight), -1).transpose(0, 1)
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
