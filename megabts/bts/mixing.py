@@ -134,7 +134,7 @@ class _SigmoidMix(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, noise: Tensor, threshold: int, scale: float) -> Tensor:
-    return torch.where(noise >= threshold, x * scale, 0)
+    return torch.where(noise >= threshold, x * scale, 0).contiguous()  # noise has samples first; linears want x's order
 
 
 class _Dropout(torch.autograd.Function):

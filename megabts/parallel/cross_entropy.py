@@ -86,7 +86,7 @@ class _Softmax:
         self.losses = self.total.log() - target
 
     def gradient(self, keep: Tensor) -> Tensor:
-        """Softmax minus one-hot, times keep [t]: [t, V/tp]. To be called once: it overwrites."""
+        """Softmax minus one-hot, times keep [t]: [t, V/tp]."""
         own = self.exponentials.gather(-1, self.local).squeeze(-1) / self.total
         scale = keep / self.total
         grad = self.fuse(_scaled)(self.exponentials, scale, self.dtype)
@@ -106,7 +106,7 @@ def _exponentials(logits: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(exponentials: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return exponentials.mul_(scale.unsqueeze(-1)).to(dtype)
+    return (exponentials * scale.unsqueeze(-1)).to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -115,7 +115,7 @@ def _kept(config: RunConfig, flow: StitchFlow, placement: Placement) -> float:
         whole += experts
         slices = (experts + gates + 2 * hub) / tp + hub * own
     mixes = config.bts.start == "hub_preserving" and into_hub and hub
-    masks = 4 * gates if config.bts.gate_dropout > 0 else 0
+    masks = 2 * gates if config.bts.gate_dropout > 0 else 0
     return rows(config) * config.model.hidden_size * ((whole + slices + mixes / tp) * value_bytes(config) + masks)
 
 

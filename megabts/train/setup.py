@@ -25,6 +25,7 @@ from megabts.parallel.layout import check_layout
 from megabts.parallel.mesh import ParallelMesh, build_mesh, degrees
 from megabts.runtime.device import Launch, check_te, pick_device, resolve_dtype, share_cores, start_communication
 from megabts.runtime.fusion import choose_fuse
+from megabts.runtime.memory import keep_freed_memory
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
 from megabts.train.stages import Stages
@@ -72,6 +73,7 @@ def start_ranks(config: RunConfig, launch: Launch, store: Store | None = None) -
     parallel = config.parallel
     degrees(parallel, launch.world_size)
     share_cores(launch)
+    keep_freed_memory()
     device = pick_device(launch)
     if config.precision.layers == "te":
         check_te(device)

@@ -82,6 +82,7 @@ def test_loss_and_logits_are_bayes_rule(top_k: int, cross: bool, monkeypatch: py
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
+@torch.no_grad()
 def test_identical_members_are_the_dense_model() -> None:
     model = ensemble(alike=True)
     dense = dense_like(model)

@@ -1,0 +1,164 @@
+"""The CPU suite's training steps: a dense model and a stitched one against transformers' dense model.
+
+All train on the same random batch with AdamW, clipped gradients and the loss of every position: ours by `train_step`,
+which is what `tools/train.py` runs, with element-wise work compiled; transformers' by the step its users write, in the
+same precision and with torch's fused AdamW on the weights themselves (ours keeps float32 masters, which is more work).
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megabts.benchmark.contestants import Contestant, Round
+from megabts.benchmark.shapes import BATCH, DTYPES, LENGTH, SHAPES, make_bts, make_dense, make_llama, stitching
+from megabts.benchmark.suite import Line, Row, Settings
+from megabts.benchmark.timing import Measure, interleaved, measure_of, ratio_of
+from megabts.bts.flops import bts_flops
+from megabts.bts.plan import stitch_plan
+from megabts.config.run import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megabts.data.loader import Batch
+from megabts.model.flops import dense_flops
+from megabts.model.torch_backend import TorchBackend
+from megabts.optimizer.adamw import MasterAdamW
+from megabts.optimizer.stability import SpikeGuard
+from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.fusion import can_compile, compiled, eager
+from megabts.runtime.memory import keep_freed_memory
+from megabts.runtime.progress import Progress
+from megabts.train.stages import Stages
+from megabts.train.step import train_step
+
+LINES = {
+    "S": {"fp32": {"dense": 1.1, "bts": 0.55}, "bf16": {"dense": 1.5, "bts": 0.8}},
+    "M": {"fp32": {"dense": 1.1, "bts": 0.55}, "bf16": {"dense": 1.5, "bts": 0.6}},
+}
+"""Tokens per second of ours, at least so many times those of transformers' dense model."""
+PEAK_GB = 0.6 * 1.9
+"""Of the stitched model S in fp32: 0.6 of what the only other BTS code takes."""
+PREDICTED = 1.25
+"""Time of a stitched step, at most so many times what the count of operations predicts from the dense step."""
+
+
+def training(settings: Settings) -> list[Row]:
+    """Every shape and precision."""
+    return [row for shape in SHAPES for precision in DTYPES for row in _training(shape, precision, settings.progress)]
+
+
+def _training(shape: str, precision: str, progress: Callable[[str], None]) -> list[Row]:
+    makers: dict[str, Callable[[], Round]] = {
+        "hf": partial(make_hf_round, shape, precision),
+        "dense": partial(make_round, "dense", shape, precision),
+        "bts": partial(make_round, "bts", shape, precision),
+        "matmul": partial(make_matmul_round, precision),
+    }
+    with ExitStack() as stack:
+        contestants = {
+            name: stack.enter_context(Contestant(make, f"{name} {shape} {precision}")) for name, make in makers.items()
+        }
+        runs: dict[str, Callable[[], object]] = {name: contestant.run for name, contestant in contestants.items()}
+        seconds = interleaved(runs, rounds=9, warm_up=3, progress=progress)
+        peaks = {name: contestant.peak_bytes() for name, contestant in contestants.items()}
+    return _rows(shape, precision, seconds, peaks)
+
+
+def _rows(shape: str, precision: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> list[Row]:
+    lines, place = LINES[shape][precision], f"{shape}.{precision}"
+    tokens = {name: measure_of([BATCH * LENGTH / taken for taken in seconds[name]]) for name in ("hf", "dense", "bts")}
+    dense, stitched = (operations(kind, shape) for kind in ("dense", "bts"))
+    predicted = [taken * stitched / dense for taken in seconds["dense"]]
+    ceiling = [MATMUL_FLOPS / taken / 1e9 for taken in seconds["matmul"]]
+    reached = [dense * BATCH * LENGTH / taken / 1e9 for taken in seconds["dense"]]
+    rows = [
+        Row(
+            f"{place}.{kind}_vs_{name}",
+            ratio_of(seconds["hf"], seconds[kind]),
+            Line(">=", lines[kind]),
+            tokens[kind],
+            tokens["hf"],
+            "tokens/s",
+            "transformers' dense training step",
+        )
+        for kind, name in (("dense", "hf"), ("bts", "hf_dense"))
+    ]
+    rows += [
+        Row(f"{place}.dense_share_of_matmul", ratio_of(reached, ceiling), None, measure_of(reached),
+            measure_of(ceiling), "GFLOP/s", "model operations against a 1024^3 matrix product"),
+        Row(f"{place}.bts_vs_predicted", ratio_of(seconds["bts"], predicted), Line("<=", PREDICTED),
+            measure_of(seconds["bts"]), measure_of(predicted), "s", "our dense step times the ratio of operations"),
+        Row(f"{place}.dense_peak_vs_hf", Measure(peaks["dense"] / peaks["hf"], 0), Line("<=", 1),
+            Measure(peaks["dense"] / 1e9, 0), Measure(peaks["hf"] / 1e9, 0), "GB", "memory of a fresh process"),
+        Row(f"{place}.bts_peak_gb", Measure(peaks["bts"] / 1e9, 0),
+            Line("<=", PEAK_GB) if place == "S.fp32" else None, unit="GB", note="memory of a fresh process"),
+    ]  # fmt: skip
+    return rows
+
+
+def operations(kind: str, shape: str) -> float:
+    """Model operations per training token, attention's as causal."""
+    config = SHAPES[shape]
+    if kind == "dense":
+        return dense_flops(config, LENGTH).total
+    bts = stitching(config)
+    return bts_flops(config, bts, LENGTH, stitch_plan(config.num_layers, bts)).total
+
+
+def make_round(kind: str, shape: str, precision: str) -> Round:
+    """Our training step."""
+    keep_freed_memory()
+    mesh, dtype = ParallelMesh(), DTYPES[precision]
+    backend = TorchBackend(dtype, "cpu", mesh.tp, fuse=compiled if can_compile("cpu") else eager)
+    model = make_dense(shape, backend) if kind == "dense" else make_bts(shape, backend)
+    optimizer = MasterAdamW(model.own_parameters(), OptimizerConfig(), mesh)
+    stages = Stages(model, mesh, ParallelConfig(), torch.device("cpu"))
+    config = RunConfig(train=TrainConfig(steps=1000))
+    guard, progress, steps = SpikeGuard(), Progress(), iter(range(1000))
+    tokens = _tokens()
+    mask = np.ones((BATCH, LENGTH), np.float32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], mask, None, 0)
+
+    def run() -> None:
+        train_step(stages, optimizer, guard, [batch], next(steps), config, progress)
+
+    return run
+
+
+def make_hf_round(shape: str, precision: str) -> Round:
+    """transformers' training step."""
+    model = make_llama(shape, DTYPES[precision])
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.from_numpy(_tokens())
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def run() -> None:
+        optimizer.zero_grad()
+        logits = model(input_ids=inputs, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return run
+
+
+MATMUL_FLOPS = 16 * 2 * 1024**3
+"""Of one round of `make_matmul_round`."""
+
+
+def make_matmul_round(precision: str) -> Round:
+    """Matrix products of 1024 x 1024: what the processor can do."""
+    left, right = (torch.randn(1024, 1024).to(DTYPES[precision]) for _ in range(2))
+
+    def run() -> None:
+        for _ in range(16):
+            left @ right
+
+    return run
+
+
+def _tokens() -> np.ndarray:
+    """The batch, with the token after each sequence, int64 [BATCH, LENGTH + 1]."""
+    return np.random.default_rng(0).integers(SHAPES["S"].vocab_size, size=(BATCH, LENGTH + 1))
