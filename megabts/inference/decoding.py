@@ -155,8 +155,8 @@ class Decoding:
         hidden = model.embed(tokens)
         if self._one_token is not None and isinstance(places, Decode):
             hidden = self._one_token.run_layers(hidden, context, self.cache)
-        else:
-            hidden = model.run_layers(0, model.config.num_layers, hidden, context, self.caches)
+            return self._one_token.logits(hidden, context)[:, 0]
+        hidden = model.run_layers(0, model.config.num_layers, hidden, context, self.caches)
         return model.logits(hidden, context, last=True)[:, 0]
 
 

@@ -4,7 +4,7 @@ A member's cache is one buffer of a set number of tokens, [layers, 2, kv_heads, 
 first token: memory cannot run out half way. A row takes a stretch of neighbouring tokens, as long as it can become
 (`Stretches`), and gives it back when it ends: rows of any length live side by side, and none pays for another's. Heads
 come first, since attention reads one head's keys over all positions, which are then neighbours in memory. A BTS model
-needs one cache per member, BAM one per attention expert: each has its own keys.
+needs one cache per member, BAM one per attention expert: each has its own keys. They are parts of one buffer, by heads.
 
 Attention wants the rows of a batch in one tensor. For one row, or rows whose stretches lie at equal distances, that is
 a view of the buffer; else the rows are gathered, one layer at a time. `Prefill` and `Decode` say where the rows of one
@@ -111,7 +111,7 @@ class Decode:
         """See `Places`: returns [width, b, kv_heads, hd]."""
         rows = len(self.starts)
         if rows == 1 and self.index is None:
-            last = stored[:, :, self.first + self.width - 1]
+            last = stored.select(2, self.first + self.width - 1).unbind(0)
             last[0].copy_(key[0, 0])
             last[1].copy_(value[0, 0])
         else:
@@ -120,12 +120,13 @@ class Decode:
             stored[1].index_copy_(1, ends, value[0].transpose(0, 1))
         if self.distance is not None:
             reach = (rows - 1) * self.distance + self.width
-            seen = stored[:, :, self.first : self.first + reach].unfold(2, self.width, self.distance)
+            seen = stored.narrow(2, self.first, reach).unfold(2, self.width, self.distance)
             found = seen.permute(0, 4, 2, 1, 3)  # of [2, kv_heads, b, hd, width]
         else:
             assert self.index is not None
             found = stored.index_select(2, self.index).unflatten(2, (rows, self.width)).permute(0, 3, 2, 1, 4)
-        return found[0], found[1]
+        keys, values = found.unbind(0)
+        return keys, values
 
     def of_rows(self, rows: Tensor) -> "Decode":
         """See `Places`; as wide as all rows are."""

@@ -50,12 +50,13 @@ class OneToken:
     def __init__(self, model: Decoder | BTSModel, decoders: Sequence[Decoder]) -> None:
         self.model = model
         self.config = model.config
-        self.backend = decoders[0].backend
         self.layers = [
             _Layer([decoder.layers[str(index)] for decoder in decoders]) for index in range(model.config.num_layers)
         ]
         stitches = model.stitches.values() if isinstance(model, BTSModel) else ()
         self.stitches = [_Stitch.of(stitch) for stitch in stitches]  # type: ignore[arg-type]
+        self.final_norm = _vectors([decoders[0].final_norm.weight])  # type: ignore[list-item]
+        self.head = _stack([decoders[0].head.weight])
         self._eps = torch.tensor(model.config.norm_eps, device=decoders[0].backend.device)
 
     def run_layers(self, hidden: Tensor, context: Context, cache: KVCache) -> Tensor:
@@ -75,6 +76,14 @@ class OneToken:
                 states = torch.cat(model.stitch(index, list(states.unsqueeze(1).unbind(0)), context, exchanges))
             begin = point.after
         return states.unsqueeze(1)
+
+    def logits(self, hidden: Tensor, context: Context) -> Tensor:
+        """What `Model.logits` gives of these states, [b, 1, V]."""
+        model = self.model
+        if isinstance(model, BTSModel) and model.mixes:
+            return model.logits(hidden, context, last=True)
+        normed = self._norm(hidden.view(1, hidden.shape[-2], -1), self.final_norm)
+        return _linear(normed, self.head).transpose(0, 1)
 
     def _run(
         self, first: int, last: int, hidden: Tensor, rope: tuple[Tensor, Tensor], context: Context, cache: KVCache
@@ -96,19 +105,19 @@ class OneToken:
     ) -> Tensor:
         layer, (num_query, num_key, num_value) = self.layers[index], self.config.qkv_heads
         members, b, _ = hidden.shape
-        heads = _linear(hidden, layer.qkv, layer.bias).unflatten(-1, (-1, self.config.head_dim))
+        heads = _linear(hidden, layer.qkv, layer.bias).view(members, b, -1, self.config.head_dim)
         if layer.q_norm is None or layer.k_norm is None:
-            turned, value = heads.split([num_query + num_key, num_value], 2)
-            query, key = _rotate(turned, rope).split([num_query, num_key], 2)
+            turned, value = heads.split_with_sizes([num_query + num_key, num_value], 2)
+            query, key = _rotate(turned, rope).split_with_sizes([num_query, num_key], 2)
         else:
-            query, key, value = heads.split([num_query, num_key, num_value], 2)
-            query, key = (
-                _rotate(self._norm_heads(part, weight), rope)
-                for part, weight in ((query, layer.q_norm), (key, layer.k_norm))
-            )
-        query, key, value = (part.transpose(0, 1).flatten(1, 2).unsqueeze(0) for part in (query, key, value))
-        key, value = cache.append(index, key, value)
-        mixed = self.backend.attention(query, key, value, context.mask)  # [1, b, members heads hd]
+            query, key, value = heads.split_with_sizes([num_query, num_key, num_value], 2)
+            query = _rotate(self._norm_heads(query, layer.q_norm), rope)
+            key = _rotate(self._norm_heads(key, layer.k_norm), rope)
+        new = (part.transpose(0, 1).reshape(1, b, members * num_key, -1) for part in (key, value))
+        key, value = (part.permute(1, 2, 0, 3) for part in cache.append(index, *new))
+        # the query heads of one key head stand as its queries, and members' heads behind each other
+        query = query.transpose(0, 1).reshape(b, members * num_key, num_query // num_key, -1)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask)
         return _linear(mixed.view(b, members, -1).transpose(0, 1), layer.out)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
