@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megabts.config.model import ModelConfig
 from megabts.model.backend import Backend, Recompute
-from megabts.model.rope import rotate, rotation
+from megabts.model.rope import rotate, rotate_heads, rotation
 from megabts.parallel.sharding import ParamMeta
 
 
@@ -142,8 +142,7 @@ class Attention(nn.Module):
             query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
             query, key = (rotate(part, context.rope, self.backend.fuse) for part in (query, key))
         else:  # one rotation for queries and keys together
-            turned, value = heads.split([num_query + num_key, num_value], 2)
-            query, key = rotate(turned, context.rope, self.backend.fuse).split([num_query, num_key], 2)
+            query, key, value = rotate_heads(heads, context.rope, num_query, num_key, self.backend.fuse)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         return self.backend.attention(query, key, value, context.mask)

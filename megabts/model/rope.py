@@ -75,6 +75,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], fuse: Fuse = eager) -> Tensor
     return _Rotate.apply(x, *rope, fuse)
 
 
+def rotate_heads(
+    heads: Tensor, rope: tuple[Tensor, Tensor], num_query: int, num_key: int, fuse: Fuse = eager
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated, and values, of heads [s, b, query + key + value heads, head_dim] in this order."""
+    query, key, value = _RotateHeads.apply(heads, *rope, num_query, num_key, fuse)
+    return query, key, value
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -96,3 +104,24 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         return ctx.fuse(_turn_back)(grad, *ctx.saved_tensors), None, None, None
+
+
+class _RotateHeads(torch.autograd.Function):
+    """`_Rotate` of two of three parts, whose gradients come together again in the same pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, num_query: int, num_key: int, fuse: Fuse
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.fuse = fuse
+        turned = fuse(_turn)(heads[:, :, : num_query + num_key], cos, sin)
+        return turned[:, :, :num_query], turned[:, :, num_query:], heads[:, :, num_query + num_key :]
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return ctx.fuse(_heads_turned_back)(query, key, value, *ctx.saved_tensors), None, None, None, None, None
+
+
+def _heads_turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat([_turn_back(query, cos, sin), _turn_back(key, cos, sin), value], 2)

@@ -76,10 +76,10 @@ class _Softmax:
         self.dtype, self.fuse = logits.dtype, fuse
         local = labels - first
         inside = (local >= 0) & (local < logits.shape[-1])
-        self.local = local.masked_fill(~inside, 0).unsqueeze(-1)
+        self.local = local.masked_fill(~inside, 0)
         self.inside = inside.to(_exact(logits))
         maximum = all_reduce(logits.amax(-1), tp, dist.ReduceOp.MAX).to(self.inside.dtype)
-        target = logits.gather(-1, self.local).squeeze(-1).to(maximum.dtype) - maximum
+        target = logits.gather(-1, self.local.unsqueeze(-1)).squeeze(-1).to(maximum.dtype) - maximum
         target = all_reduce(target * self.inside, tp)
         self.exponentials, total = fuse(_exponentials)(logits, maximum)
         self.total = all_reduce(total, tp)
@@ -87,12 +87,12 @@ class _Softmax:
 
     def gradient(self, keep: Tensor) -> Tensor:
         """Softmax minus one-hot, times keep [t]: [t, V/tp]."""
-        own = self.exponentials.gather(-1, self.local).squeeze(-1) / self.total
-        scale = keep / self.total
-        grad = self.fuse(_scaled)(self.exponentials, scale, self.dtype)
-        exact = (own - self.inside) * keep  # before it is rounded
-        kept = torch.where(self.inside > 0, exact.to(self.dtype), grad.gather(-1, self.local).squeeze(-1))
-        return grad.scatter_(-1, self.local, kept.unsqueeze(-1))
+        rows = torch.arange(len(self.local), device=keep.device)
+        own = self.exponentials[rows, self.local] / self.total
+        grad = self.fuse(_scaled)(self.exponentials, keep / self.total, self.dtype)
+        exact = ((own - self.inside) * keep).to(self.dtype)  # rounded once
+        grad[rows, self.local] = torch.where(self.inside > 0, exact, grad[rows, self.local])
+        return grad
 
 
 def _exact(x: Tensor) -> torch.dtype:
