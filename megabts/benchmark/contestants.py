@@ -58,9 +58,10 @@ class Contestant:
         return int(self._ask("peak"))
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process: one that waits ends by itself and tidies up, any other is killed after some seconds."""
         self._pipe.close()
         if self._process.pid is not None:
+            self._process.join(_END_SECONDS)
             self._process.kill()
             self._process.join()
 

@@ -23,7 +23,7 @@ SHAPES = {
 """By name; head width 32 and 64, 10.3M and 41M parameters."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the name in the results."""
-EXPERTS = ("one", "two", "three")
+NUM_EXPERTS = 3
 """Beside the hub, all of its shape."""
 STITCH_EVERY = 2
 """Layers."""
@@ -32,10 +32,10 @@ BATCH, LENGTH = 8, 256
 Made = TypeVar("Made", Decoder, BTSModel)
 
 
-def stitching(model: ModelConfig) -> BTSConfig:
-    """A hub and EXPERTS, with a stitch layer after every STITCH_EVERY layers, kinds alternating."""
-    experts = dict.fromkeys(EXPERTS, "none")
-    return BTSConfig("none", experts, num_stitch_layers=model.num_layers // STITCH_EVERY)
+def stitching(model: ModelConfig, num_experts: int = NUM_EXPERTS, num_stitch_layers: int = 0) -> BTSConfig:
+    """A hub and experts, with so many stitch layers or one after every STITCH_EVERY layers, kinds alternating."""
+    experts = {f"expert{number}": "none" for number in range(1, num_experts + 1)}
+    return BTSConfig("none", experts, num_stitch_layers=num_stitch_layers or model.num_layers // STITCH_EVERY)
 
 
 def make_dense(shape: str, backend: Backend) -> Decoder:
@@ -43,10 +43,10 @@ def make_dense(shape: str, backend: Backend) -> Decoder:
     return _random(Decoder(SHAPES[shape], backend))
 
 
-def make_bts(shape: str, backend: Backend) -> BTSModel:
-    """A stitched model whose members have different random weights, the stitches their start."""
+def make_bts(shape: str, backend: Backend, num_experts: int = NUM_EXPERTS, num_stitch_layers: int = 0) -> BTSModel:
+    """A stitched model, as `stitching` says, whose members have different random weights, the stitches their start."""
     config = SHAPES[shape]
-    return _random(BTSModel(config, stitching(config), backend))
+    return _random(BTSModel(config, stitching(config, num_experts, num_stitch_layers), backend))
 
 
 def make_llama(shape: str, dtype: torch.dtype) -> Any:

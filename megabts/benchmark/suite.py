@@ -21,7 +21,7 @@ from megabts.benchmark.machine import BUSY_CORES, cores_used_by_others
 from megabts.benchmark.timing import Measure
 from megabts.errors import UsageError, UserError
 
-SUITES = ("data",)
+SUITES = ("cpu", "data")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def choose_benchmarks(suite: str, only: str = "") -> list[Benchmark]:
         raise UsageError(f"--only {only}: the {suite} suite has no such benchmark; use one of {names}")
     missing = {module for benchmark in chosen for module in benchmark.needs if not _installed(module)}
     if missing:
-        raise UserError(f"the {suite} suite needs {', '.join(sorted(missing))}: pip install 'megabts[benchmark]'")
+        raise UserError(f"the {suite} suite needs {', '.join(sorted(missing))}: pip install 'megabts[hf]'")
     return chosen
 
 

@@ -14,13 +14,24 @@ import torch
 import torch.nn.functional as F
 
 from megabts.benchmark.contestants import Contestant, Round
-from megabts.benchmark.shapes import BATCH, DTYPES, LENGTH, SHAPES, make_bts, make_dense, make_llama, stitching
+from megabts.benchmark.shapes import (
+    BATCH,
+    DTYPES,
+    LENGTH,
+    NUM_EXPERTS,
+    SHAPES,
+    make_bts,
+    make_dense,
+    make_llama,
+    stitching,
+)
 from megabts.benchmark.suite import Line, Row, Settings
 from megabts.benchmark.timing import Measure, interleaved, measure_of, ratio_of
 from megabts.bts.flops import bts_flops
 from megabts.bts.plan import stitch_plan
 from megabts.config.run import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megabts.data.loader import Batch
+from megabts.model.decoder import Model
 from megabts.model.flops import dense_flops
 from megabts.model.torch_backend import TorchBackend
 from megabts.optimizer.adamw import MasterAdamW
@@ -37,7 +48,7 @@ LINES = {
     "M": {"fp32": {"dense": 1.1, "bts": 0.55}, "bf16": {"dense": 1.5, "bts": 0.6}},
 }
 """Tokens per second of ours, at least so many times those of transformers' dense model."""
-MICRO_BATCH = 8
+MICRO_BATCH = 4
 """Sequences that ours runs at one time."""
 PEAK_GB = 0.6 * 1.9
 """Of the stitched model S in fp32: 0.6 of what the only other BTS code takes."""
@@ -99,21 +110,57 @@ def _rows(shape: str, precision: str, seconds: dict[str, list[float]], peaks: di
     return rows
 
 
-def operations(kind: str, shape: str) -> float:
+NUMBERS = tuple((n, 4) for n in (1, 3, 7)) + tuple((3, k) for k in (1, 2, 8))
+"""(experts n, stitch layers K) of `scaling`: n grows at K = 4, K at n = 3."""
+
+
+def scaling(settings: Settings) -> list[Row]:
+    """The stitched step S in bf16 as n and K grow, against our dense step times the ratio of operations."""
+    names = {f"n{n}_k{k}": (n, k) for n, k in NUMBERS}
+    makers: dict[str, Callable[[], Round]] = {
+        "dense": partial(make_round, "dense", "S", "bf16"),
+        **{name: partial(make_round, "bts", "S", "bf16", *numbers) for name, numbers in names.items()},
+    }
+    with ExitStack() as stack:
+        runs = {name: stack.enter_context(Contestant(make, f"scaling {name}")).run for name, make in makers.items()}
+        seconds = interleaved(runs, rounds=7, warm_up=2, progress=settings.progress)
+    dense, rows = operations("dense", "S"), []
+    for name, numbers in names.items():
+        predicted = [taken * operations("bts", "S", *numbers) / dense for taken in seconds["dense"]]
+        rows.append(
+            Row(
+                f"S.bf16.scaling.{name}_vs_predicted",
+                ratio_of(seconds[name], predicted),
+                None,
+                measure_of(seconds[name]),
+                measure_of(predicted),
+                "s",
+                "our dense step times the ratio of operations",
+            )
+        )
+    return rows
+
+
+def operations(kind: str, shape: str, num_experts: int = NUM_EXPERTS, num_stitch_layers: int = 0) -> float:
     """Model operations per training token, attention's as causal."""
     config = SHAPES[shape]
     if kind == "dense":
         return dense_flops(config, LENGTH).total
-    bts = stitching(config)
+    bts = stitching(config, num_experts, num_stitch_layers)
     return bts_flops(config, bts, LENGTH, stitch_plan(config.num_layers, bts)).total
 
 
-def make_round(kind: str, shape: str, precision: str) -> Round:
+def make_round(
+    kind: str, shape: str, precision: str, num_experts: int = NUM_EXPERTS, num_stitch_layers: int = 0
+) -> Round:
     """Our training step."""
     keep_freed_memory()
     mesh, dtype = ParallelMesh(), DTYPES[precision]
     backend = TorchBackend(dtype, "cpu", mesh.tp, fuse=compiled if can_compile("cpu") else eager)
-    model = make_dense(shape, backend) if kind == "dense" else make_bts(shape, backend)
+    if kind == "dense":
+        model: Model = make_dense(shape, backend)
+    else:
+        model = make_bts(shape, backend, num_experts, num_stitch_layers)
     optimizer = MasterAdamW(model.own_parameters(), OptimizerConfig(), mesh)
     stages = Stages(model, mesh, ParallelConfig(), torch.device("cpu"))
     config = RunConfig(train=TrainConfig(steps=1000))
