@@ -2,6 +2,7 @@
 
 python tools/benchmark.py --suite data
 python tools/benchmark.py --suite data --only preprocess --data corpus.jsonl --json data.json
+python tools/benchmark.py --suite cpu --json cpu.json --plot scaling.png
 
 Contestants take turns, after a warm-up; a ratio's median and spread (half the interquartile range) are of the rounds'
 own ratios. Other programs make timings void, so their load is looked at before and after each benchmark; a busy machine
@@ -16,6 +17,8 @@ from pathlib import Path
 from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, UserError, run_tool
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def parse_args() -> argparse.Namespace:
     """The command line. Raises UsageError."""
@@ -25,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--suite", choices=SUITES, required=True, help="which benchmarks")
     parser.add_argument("--only", default="", metavar="NAME", help="one of them")
     parser.add_argument("--json", type=Path, metavar="F", help="also write all numbers to F")
+    parser.add_argument("--plot", type=Path, metavar="F", help="cpu suite: draw what `scaling` measures (png, svg)")
     parser.add_argument("--busy", action="store_true", help="measure on a busy machine too; the table says so")
     parser.add_argument("--data", type=Path, metavar="F", help="data suite: JSON lines (default: the built-in corpora)")
     parser.add_argument("--tokenizer", default="", metavar="T", help="data suite: default: one trained on the text")
@@ -32,8 +36,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.scale <= 100:
         raise UsageError(f"--scale {args.scale:g}: give a factor above 0, up to 100")
-    if args.json and not args.json.parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}; make it, or name another file")
+    for option, path in (("json", args.json), ("plot", args.plot)):
+        if path and not path.parent.is_dir():
+            raise UsageError(f"--{option} {path}: there is no folder {path.parent}; make it, or name another file")
+    if args.plot and (args.suite != "cpu" or args.only not in ("", "scaling") or args.plot.suffix not in PICTURES):
+        raise UsageError(f"--plot {args.plot}: it is for --suite cpu with `scaling`; name a file {', '.join(PICTURES)}")
     return args
 
 
@@ -57,6 +64,11 @@ def main() -> int:
             replace_text(args.json, json.dumps(results_json(results, machine), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--json {args.json} cannot be written: {error.strerror}") from error
+    if args.plot:
+        from megabts.benchmark.training import scaling_panels
+        from megabts.viz.scaling import draw_scaling
+
+        draw_scaling(scaling_panels(results.rows), args.plot)
     return 1 if results.missed or (results.busy and not args.busy) else 0
 
 

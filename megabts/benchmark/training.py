@@ -6,7 +6,7 @@ element-wise work compiled; transformers' eagerly. `hf_plain` is the step as its
 AdamW on the weights themselves, which in bfloat16 is less work and less exact; it has no line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -149,6 +149,19 @@ def scaling(settings: Settings) -> list[Row]:
             )
         )
     return rows
+
+
+def scaling_panels(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float]]]:
+    """`scaling`'s rows as curves: by what grows, (measured, predicted) seconds by its number."""
+    found = {row.name: row for row in rows}
+    steps = {numbers: found[f"S.bf16.scaling.n{numbers[0]}_k{numbers[1]}_vs_predicted"] for numbers in NUMBERS}
+    pairs = {
+        numbers: (row.ours.median, row.yardstick.median) for numbers, row in steps.items() if row.ours and row.yardstick
+    }
+    return {
+        "experts n (K = 4)": {n: pair for (n, k), pair in pairs.items() if k == 4},
+        "stitch layers K (n = 3)": {k: pair for (n, k), pair in pairs.items() if n == 3},
+    }
 
 
 def operations(kind: str, shape: str, num_experts: int = NUM_EXPERTS, num_stitch_layers: int = 0) -> float:

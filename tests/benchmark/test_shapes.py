@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megabts.benchmark.shapes import DTYPES, EXPERTS, SHAPES, make_bts, make_dense, make_llama
+from megabts.benchmark.shapes import DTYPES, NUM_EXPERTS, SHAPES, make_bts, make_dense, make_llama
 from megabts.model.decoder import sequence_loss
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
@@ -24,7 +24,7 @@ def test_same_number_of_parameters(shape: str) -> None:
     assert count == theirs.num_parameters()
     assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
     bts = make_bts(shape, backend(torch.bfloat16, "meta"))
-    assert bts.num_members == 4 == len(EXPERTS) + 1
+    assert bts.num_members == 4 == NUM_EXPERTS + 1
     assert [point.after for point in bts.plan] == list(range(2, SHAPES[shape].num_layers + 1, 2))
 
 
