@@ -32,15 +32,15 @@ _END_SECONDS = 5.0
 class Contestant:
     """A process in which `make()` has been called, ready to run rounds.
 
-    `make`, and what it is bound to, must be picklable. `name` is for errors. Raises UserError, here or in `run`, when
-    something fails or dies in the process, which is ended then.
+    `make`, `peak` and what they are bound to must be picklable. `name` is for errors; `peak` is asked for the process's
+    memory. Raises UserError, here or in `run`, when something fails or dies in the process, which is ended then.
     """
 
-    def __init__(self, make: Callable[[], Round], name: str = "") -> None:
+    def __init__(self, make: Callable[[], Round], name: str = "", peak: Callable[[], int] = peak_bytes) -> None:
         self.name = name or str(getattr(getattr(make, "func", make), "__name__", make))
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make, peak), daemon=True)
         try:
             self._process.start()
             theirs.close()
@@ -54,7 +54,7 @@ class Contestant:
         return self._ask("run")
 
     def peak_bytes(self) -> int:
-        """Most memory that the process had at one time so far: its imports and preparations count."""
+        """Most memory that the process had at one time so far (or what `peak` says): imports and preparations count."""
         return int(self._ask("peak"))
 
     def close(self) -> None:
@@ -92,10 +92,10 @@ class Contestant:
         return float(answer)
 
 
-def _serve(pipe: Connection, make: Callable[[], Round]) -> None:
+def _serve(pipe: Connection, make: Callable[[], Round], peak: Callable[[], int]) -> None:
     """What the process does: make, then rounds as they are asked for, until the pipe ends or something fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    orders: dict[Order, Callable[[], float]] = {"peak": peak_bytes}
+    orders: dict[Order, Callable[[], float]] = {"peak": peak}
 
     def begin() -> float:
         orders["run"] = partial(_timed, make())

@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 import torch
+from torch import nn
 
 from megabts.benchmark.contestants import Contestant, Round
 from megabts.benchmark.shapes import DTYPES, SHAPES, make_bts, make_dense, make_llama
@@ -18,6 +19,7 @@ from megabts.benchmark.timing import Measure, interleaved, measure_of, ratio_of
 from megabts.inference.engine import Engine
 from megabts.inference.rows import Request
 from megabts.inference.settings import GenerationSettings
+from megabts.model.decoder import Model
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
 
@@ -78,9 +80,15 @@ def decode_rows(name: str, shape: str, batch: int, new: int, seconds: dict[str, 
 def engine_round(stitched: bool, shape: str, dtype: str, batch: int, new: int) -> Round:
     """Our engine; a round returns the seconds of all steps after the prompts'."""
     backend = TorchBackend(DTYPES[dtype], "cpu", ParallelMesh().tp)
-    model = make_bts(shape, backend) if stitched else make_dense(shape, backend)
-    engine = Engine(model, batch, batch * (PROMPT + new), prefill_tokens=batch * PROMPT)
-    requests = [Request(prompt, GenerationSettings(new)) for prompt in prompts(batch).tolist()]
+    return decoding_round(make_bts(shape, backend) if stitched else make_dense(shape, backend), batch, PROMPT, new)
+
+
+def decoding_round(model: Model, batch: int, prompt: int, new: int) -> Round:
+    """`new` tokens for each of `batch` random prompts; a round returns the seconds of all steps after the prompts'."""
+    engine = Engine(model, batch, batch * (prompt + new), prefill_tokens=batch * prompt)
+    requests = [
+        Request(tokens, GenerationSettings(new)) for tokens in prompts(model.config.vocab_size, batch, prompt).tolist()
+    ]
 
     def run() -> float:
         for request in requests:
@@ -99,7 +107,7 @@ def transformers_round(shape: str, dtype: str, batch: int, new: int) -> Round:
     from transformers import DynamicCache
 
     model = make_llama(shape, DTYPES[dtype]).eval()
-    prompt = prompts(batch)
+    prompt = prompts(SHAPES[shape].vocab_size, batch, PROMPT)
 
     @torch.inference_mode()
     def run() -> float:
@@ -128,16 +136,19 @@ def reading_round(shape: str, dtype: str, new: int) -> Round:
 
 
 def token_bytes(shape: str, dtype: str) -> int:
-    """Weights that one token of the stitched model reads, bytes: all but the embeddings."""
-    model = make_bts(shape, TorchBackend(DTYPES[dtype], "meta", ParallelMesh().tp))
+    """Weights that one token of the stitched model reads, bytes."""
+    return weight_bytes(make_bts(shape, TorchBackend(DTYPES[dtype], "meta", ParallelMesh().tp)))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Weights that one token reads, bytes: all but the embeddings."""
     read = [p for name, p in model.named_parameters() if not name.endswith("embedding.weight")]
     return sum(p.numel() * p.element_size() for p in read)
 
 
-def prompts(batch: int) -> torch.Tensor:
-    """Token ids [batch, PROMPT]."""
-    vocabulary = min(config.vocab_size for config in SHAPES.values())
-    return torch.randint(vocabulary, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+def prompts(vocab_size: int, batch: int, length: int) -> torch.Tensor:
+    """Token ids [batch, length]."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 BENCHMARKS = tuple(

@@ -56,10 +56,10 @@ def peak_bytes() -> int:
 
 
 def describe_machine() -> dict[str, object]:
-    """Cores, processor, memory, versions and the code's commit, for a header and for JSON."""
+    """Cores, processor, memory, versions, the code's commit and the first GPU, for a header and for JSON."""
     import torch
 
-    from megabts.runtime.device import num_cores
+    from megabts.runtime.device import gpu_model, gpu_names, num_cores
 
     return {
         "cores": num_cores(),
@@ -69,6 +69,7 @@ def describe_machine() -> dict[str, object]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
+        **({"gpu": gpu_model(torch.device("cuda", 0))} if gpu_names() else {}),
     }
 
 

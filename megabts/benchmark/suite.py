@@ -21,7 +21,7 @@ from megabts.benchmark.machine import BUSY_CORES, cores_used_by_others
 from megabts.benchmark.timing import Measure
 from megabts.errors import UsageError, UserError
 
-SUITES = ("cpu", "data")
+SUITES = ("cpu", "data", "gpu")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Benchmark:
     run: Callable[[Settings], list[Row]]
     needs: tuple[str, ...] = ()
     """Modules of optional libraries without which it cannot run."""
+    gpu: bool = False
+    """Whether it runs on a GPU alone."""
 
 
 @dataclass
@@ -101,8 +103,10 @@ class Results:
 def choose_benchmarks(suite: str, only: str = "") -> list[Benchmark]:
     """The benchmarks of a suite, or the one called `only`.
 
-    Raises UsageError for an unknown name, UserError when a library is missing.
+    Raises UsageError for an unknown name, UserError when a library or a GPU is missing.
     """
+    from megabts.runtime.device import gpu_names
+
     found: Sequence[Benchmark] = importlib.import_module(f"megabts.benchmark.{suite}").BENCHMARKS
     chosen = [benchmark for benchmark in found if only in ("", benchmark.name)]
     if not chosen:
@@ -111,6 +115,8 @@ def choose_benchmarks(suite: str, only: str = "") -> list[Benchmark]:
     missing = {module for benchmark in chosen for module in benchmark.needs if not _installed(module)}
     if missing:
         raise UserError(f"the {suite} suite needs {', '.join(sorted(missing))}: pip install 'megabts[hf]'")
+    if any(benchmark.gpu for benchmark in chosen) and not gpu_names():
+        raise UserError(f"the {suite} suite needs an NVIDIA GPU, and torch finds none here; use --suite cpu")
     return chosen
 
 

@@ -5,8 +5,8 @@ many. Here members of one shape are a dimension of every tensor: their weights s
 one batched product reads them all, and their heads are heads of one attention. It is the function of
 `megabts.model.layer` without what training needs; a dense model is one member.
 
-`OneToken.of` says which models can: whole decoders of the torch backend, on one rank, whose feed-forwards are not
-routed. The others run layer by layer, as prompts and training do.
+`OneToken.of` says which models can: whole decoders of the torch backend, on one rank, with weights of their own, whose
+feed-forwards are not routed. The others run layer by layer, as prompts and training do.
 """
 
 from collections.abc import Sequence
@@ -41,6 +41,8 @@ class OneToken:
         elif isinstance(model, Decoder):
             decoders = [model]
         if not decoders or type(decoders[0].backend) is not TorchBackend or decoders[0].backend.tp.size > 1:
+            return None
+        if decoders[0].backend.device.type == "meta":  # made of another model's tensors, which are not to be stacked anew
             return None
         if decoders[0].many_attentions or any(layer.routed for layer in decoders[0].layers.values()):
             return None

@@ -77,6 +77,12 @@ def gpu_names() -> list[str]:
     return allowed[:count] or [str(number) for number in range(count)]
 
 
+def gpu_model(device: torch.device) -> str:
+    """A GPU's name, such as NVIDIA H200."""
+    name: str = torch.cuda.get_device_name(device)
+    return name
+
+
 def share_cores(launch: Launch) -> None:
     """Give this rank its share of the cores: oversubscribed OpenMP threads make small operations 5-10x slower."""
     if launch.local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
@@ -134,7 +140,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float | None:
     """Peak matmul FLOP/s: the data sheet's on a known GPU, measured on CPU, None when unknown."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name = gpu_model(device)
         return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
     size = 1024
     a = torch.ones(size, size, dtype=dtype)
@@ -154,6 +160,13 @@ def memory(device: torch.device) -> tuple[int, int]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return peak, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_allocated(device: torch.device) -> int:
+    """Most bytes that this process's tensors had on a GPU at one time; on CPU, all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return memory(device)[0]
 
 
 def synchronize(device: torch.device) -> None:
