@@ -17,7 +17,7 @@ from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import Axis
 from megabts.runtime.fusion import Fuse, eager
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits that exist at one time: on CPU few enough for its caches, on a GPU enough to keep it busy."""
 
 
@@ -65,7 +65,7 @@ def linear_cross_entropies(
 
 def _chunk(weight: Tensor) -> int:
     """Positions at one time, for a head [V/tp, D]."""
-    return max(128, CHUNK_ELEMENTS.get(weight.device.type, 1 << 22) // len(weight))
+    return max(128, CHUNK_ELEMENTS.get(weight.device.type, 1 << 21) // len(weight))
 
 
 class _Softmax:
