@@ -4,9 +4,9 @@ python tools/benchmark.py --suite data
 python tools/benchmark.py --suite data --only preprocess --data corpus.jsonl --json data.json
 python tools/benchmark.py --suite cpu --json cpu.json --plot scaling.png
 
-Contestants take turns, after a warm-up; a ratio's median and spread (half the interquartile range) are of the rounds'
-own ratios. Other programs make timings void, so their load is looked at before and after each benchmark; a busy machine
-is refused. The exit code is 1 when a line is missed or the machine became busy.
+Contestants take turns (on a GPU they run one after the other), after a warm-up; a ratio's median and spread (half the
+interquartile range) are of the rounds' own ratios. Other programs make timings void, so their load is looked at before
+and after each benchmark; a busy machine is refused. The exit code is 1 when a line is missed or it became busy.
 """
 
 import argparse
