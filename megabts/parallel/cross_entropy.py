@@ -29,17 +29,17 @@ def linear_cross_entropy(
     tp: Axis,
     first: int,
     *,
-    chunk: int | None = None,
+    chunk: int = 1024,
     fuse: Fuse = eager,
 ) -> Tensor:
     """Sum of the masked positions' cross-entropy, in nats (float32 scalar; float64 for float64).
 
     hidden [T, D]; weight [V/tp, D], rows first.. of the vocabulary; labels [T] token ids; mask [T], 1 counts and 0
-    does not. `chunk`: positions at one time; None: by the vocabulary's size.
+    does not. `chunk`: positions at one time, the same on every rank (`positions_at_once`).
     """
     if not torch.is_grad_enabled():  # the gradient is formed in forward: evaluation must not pay for it
         hidden, weight = hidden.detach(), weight.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, mask, tp, first, chunk or _chunk(weight), fuse)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, mask, tp, first, chunk, fuse)
     return loss
 
 
@@ -50,22 +50,20 @@ def linear_cross_entropies(
     tp: Axis,
     first: int,
     *,
-    chunk: int | None = None,
+    chunk: int = 1024,
     fuse: Fuse = eager,
 ) -> Tensor:
     """Each position's cross-entropy, in nats, [T] (float32; float64 for float64), of a head that does not train.
 
     hidden [T, D], labels [T] and weight as in `linear_cross_entropy`; the weight gets no gradient.
     """
-    losses: Tensor = _LinearCrossEntropies.apply(
-        hidden, weight.detach(), labels, tp, first, chunk or _chunk(weight), fuse
-    )
+    losses: Tensor = _LinearCrossEntropies.apply(hidden, weight.detach(), labels, tp, first, chunk, fuse)
     return losses
 
 
-def _chunk(weight: Tensor) -> int:
-    """Positions at one time, for a head [V/tp, D]."""
-    return max(128, CHUNK_ELEMENTS.get(weight.device.type, 1 << 21) // len(weight))
+def positions_at_once(rows: int, device: torch.device) -> int:
+    """Positions whose logits exist at one time, where no rank has more than so many rows of the vocabulary."""
+    return max(128, CHUNK_ELEMENTS.get(device.type, 1 << 21) // rows)
 
 
 class _Softmax:

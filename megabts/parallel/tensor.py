@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megabts.errors import UsageError
 from megabts.parallel.collectives import SEQUENCE, all_gather, all_gather_single, enter, leave, reduce_scatter_single
-from megabts.parallel.cross_entropy import linear_cross_entropies, linear_cross_entropy
+from megabts.parallel.cross_entropy import linear_cross_entropies, linear_cross_entropy, positions_at_once
 from megabts.parallel.mesh import Axis
 from megabts.parallel.ranges import Range
 from megabts.parallel.sharding import ParamMeta
@@ -165,6 +165,7 @@ class Vocabulary(nn.Module):
         if 0 in self.sizes:
             raise UsageError(f"parallel.tensor {tp.size} is too much for a vocabulary of {vocab_size}: a rank has none")
         self.first = vocab_range(vocab_size, tp)[0]
+        self.chunk = positions_at_once(max(self.sizes), device)  # of the largest rank: chunks meet in collectives
         meta = VocabMeta((vocab_size, hidden_size), "normal", std, dim=0)
         self.metas = {"weight": meta}
         self.weight = _parameter(meta, tp, dtype, device)
@@ -187,13 +188,15 @@ class Vocabulary(nn.Module):
         """Sum of the cross-entropy in nats over positions; hidden [s', b, D], labels and mask [s, b]."""
         hidden = enter(hidden, self.tp, self.sequence).flatten(0, 1)
         return linear_cross_entropy(
-            hidden, self.weight, labels.flatten(), mask.flatten(), self.tp, self.first, fuse=self.fuse
+            hidden, self.weight, labels.flatten(), mask.flatten(), self.tp, self.first, chunk=self.chunk, fuse=self.fuse
         )
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in nats of each position [s, b], of a frozen matrix; hidden [s', b, D], labels [s, b]."""
         hidden = enter(hidden, self.tp, self.sequence).flatten(0, 1)
-        losses = linear_cross_entropies(hidden, self.weight, labels.flatten(), self.tp, self.first, fuse=self.fuse)
+        losses = linear_cross_entropies(
+            hidden, self.weight, labels.flatten(), self.tp, self.first, chunk=self.chunk, fuse=self.fuse
+        )
         return losses.view(labels.shape)
 
 

@@ -11,7 +11,7 @@ from megabts.config.run import ParallelConfig
 from megabts.parallel.collectives import copy
 from megabts.parallel.cross_entropy import _Softmax, linear_cross_entropy
 from megabts.parallel.mesh import Axis, build_mesh
-from megabts.parallel.tensor import vocab_range
+from megabts.parallel.tensor import Vocabulary, vocab_range
 from megabts.runtime.fusion import eager
 from tests.model.models import distance
 from tests.ranks import run_ranks
@@ -147,3 +147,11 @@ def test_ranks_with_uneven_vocabularies_equal_one(size: int) -> None:
             torch.testing.assert_close(loss, expected.detach())
             assert distance(grad_hidden, hidden.grad) < 2e-6
         assert distance(torch.cat([rows for _, _, rows in per_chunk]), weight.grad) < 2e-6
+
+
+def test_ranks_of_an_uneven_vocabulary_take_the_same_chunks() -> None:
+    """Their all-reduces are chunk by chunk: others would not meet."""
+    device = torch.device("meta")
+    heads = [Vocabulary(8193, 4, 0.02, Axis("tp", 2, rank), torch.float32, device) for rank in range(2)]
+    assert [len(head.weight) for head in heads] == [4097, 4096]
+    assert heads[0].chunk == heads[1].chunk == (1 << 21) // 4097
