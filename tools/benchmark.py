@@ -3,6 +3,7 @@
 python tools/benchmark.py --suite data
 python tools/benchmark.py --suite data --only preprocess --data corpus.jsonl --json data.json
 python tools/benchmark.py --suite cpu --json cpu.json --plot scaling.png
+python tools/benchmark.py --suite gpu --only bts-2.7b --profile profiles
 
 Contestants take turns (on a GPU they run one after the other), after a warm-up; a ratio's median and spread (half the
 interquartile range) are of the rounds' own ratios. Other programs make timings void, so their load is looked at before
@@ -29,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME", help="one of them")
     parser.add_argument("--json", type=Path, metavar="F", help="also write all numbers to F")
     parser.add_argument("--plot", type=Path, metavar="F", help="cpu suite: draw what `scaling` measures (png, svg)")
+    parser.add_argument("--profile", type=Path, metavar="D", help="cpu, gpu: also profile a round of each, into D")
     parser.add_argument("--busy", action="store_true", help="measure on a busy machine too; the table says so")
     parser.add_argument("--data", type=Path, metavar="F", help="data suite: JSON lines (default: the built-in corpora)")
     parser.add_argument("--tokenizer", default="", metavar="T", help="data suite: default: one trained on the text")
@@ -41,6 +43,8 @@ def parse_args() -> argparse.Namespace:
             raise UsageError(f"--{option} {path}: there is no folder {path.parent}; make it, or name another file")
     if args.plot and (args.suite != "cpu" or args.only not in ("", "scaling") or args.plot.suffix not in PICTURES):
         raise UsageError(f"--plot {args.plot}: it is for --suite cpu with `scaling`; name a file {', '.join(PICTURES)}")
+    if args.profile and args.suite not in ("cpu", "gpu"):
+        raise UsageError(f"--profile {args.profile}: it is for --suite cpu and gpu, whose contestants compute")
     return args
 
 
@@ -55,7 +59,12 @@ def main() -> int:
         print(line, file=sys.stderr, flush=True)
 
     benchmarks = choose_benchmarks(args.suite, args.only)
-    settings = Settings(args.data, args.tokenizer, args.scale, progress)
+    if args.profile:
+        try:
+            args.profile.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--profile {args.profile} cannot be made: {error.strerror}") from error
+    settings = Settings(args.data, args.tokenizer, args.scale, progress, args.profile)
     results = run_suite(args.suite, benchmarks, settings, args.busy)
     machine = describe_machine()
     print(results_text(results, machine))

@@ -16,15 +16,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from megabts.benchmark.machine import peak_bytes
+from megabts.benchmark.profiles import write_profile
+from megabts.benchmark.suite import Settings
 from megabts.errors import UserError
 
 Round = Callable[[], float | None]
 """Runs one round; returns the seconds that count, or None: all that it took."""
-Order = Literal["run", "peak"]
+Order = Literal["run", "peak", "profile"]
 _END_SECONDS = 5.0
 """That a process which has closed its pipe may take to end by itself, and so have an exit code of its own."""
 
@@ -57,6 +60,13 @@ class Contestant:
         """Most memory that the process had at one time so far (or what `peak` says): imports and preparations count."""
         return int(self._ask("peak"))
 
+    def profile(self, settings: Settings, row: str) -> None:
+        """One more round, profiled in the process into a file named after the row, where profiles are asked for."""
+        if settings.profile is not None:
+            path = settings.profile / f"{row}.txt"
+            self._ask("profile", path)
+            settings.progress(f"profile: {path}")
+
     def close(self) -> None:
         """End the process: one that waits ends by itself and tidies up, any other is killed after some seconds."""
         self._pipe.close()
@@ -73,9 +83,9 @@ class Contestant:
         """See `__enter__`."""
         self.close()
 
-    def _ask(self, order: Order) -> float:
+    def _ask(self, order: Order, *arguments: Path) -> float:
         with suppress(OSError):  # it is gone: the answer says so
-            self._pipe.send(order)
+            self._pipe.send((order, *arguments))
         return self._answer()
 
     def _answer(self) -> float:
@@ -95,18 +105,21 @@ class Contestant:
 def _serve(pipe: Connection, make: Callable[[], Round], peak: Callable[[], int]) -> None:
     """What the process does: make, then rounds as they are asked for, until the pipe ends or something fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    orders: dict[Order, Callable[[], float]] = {"peak": peak}
+    orders: dict[Order, Callable[..., float]] = {"peak": peak}
 
     def begin() -> float:
-        orders["run"] = partial(_timed, make())
+        run = make()
+        orders["run"], orders["profile"] = partial(_timed, run), partial(write_profile, run)
         return 0.0
 
-    work, good = begin, True
+    work: Callable[[], float] = begin
+    good = True
     with suppress(EOFError, OSError):  # of the pipe, whose other end has gone
         while good:
             good, answer = _outcome(work)
             pipe.send((good, answer))
-            work = orders[pipe.recv()]
+            order, *arguments = pipe.recv()
+            work = partial(orders[order], *arguments)
 
 
 def _outcome(work: Callable[[], float]) -> tuple[bool, float | str]:

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from megabts.benchmark.contestants import Contestant, Round
 from megabts.benchmark.shapes import DTYPES, SHAPES, make_bts, make_dense, make_llama
@@ -45,16 +46,19 @@ def decode(settings: Settings, shape: str, dtype: str, batch: int) -> list[Row]:
     }
     if batch == 1:
         makers[_READ] = partial(reading_round, shape, dtype, new)
+    place = f"{shape}.{dtype}.decode" + (f"_{batch}" if batch > 1 else "")
     contestants: dict[str, Contestant] = {}
     try:
         for name, make in makers.items():
             contestants[name] = Contestant(make, f"decode {name} {shape} {dtype}")
         runs = {name: contestant.run for name, contestant in contestants.items()}
         seconds = interleaved(runs, _ROUNDS, 1, settings.progress)
+        for name in (_DENSE, _BTS, _HF):
+            contestants[name].profile(settings, f"{place}_{name}")
     finally:
         for contestant in contestants.values():
             contestant.close()
-    return decode_rows(f"{shape}.{dtype}.decode" + (f"_{batch}" if batch > 1 else ""), shape, batch, new, seconds)
+    return decode_rows(place, shape, batch, new, seconds)
 
 
 def decode_rows(name: str, shape: str, batch: int, new: int, seconds: dict[str, list[float]]) -> list[Row]:
@@ -93,10 +97,12 @@ def decoding_round(model: Model, batch: int, prompt: int, new: int) -> Round:
     def run() -> float:
         for request in requests:
             engine.submit(request)
-        engine.step()
-        start = time.perf_counter()
-        while engine.busy:
+        with record_function("prompts"):
             engine.step()
+        start = time.perf_counter()
+        with record_function("steps"):
+            while engine.busy:
+                engine.step()
         return time.perf_counter() - start
 
     return run

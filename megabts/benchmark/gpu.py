@@ -78,9 +78,7 @@ def train(
     }
     if plain:
         makers[PLAIN] = partial(make_plain_round, work, PRECISIONS[TORCH], device)
-    timed = {
-        name: measured(f"{work.place} {name}", make, rounds, device, settings.progress) for name, make in makers.items()
-    }
+    timed = {name: measured(f"{work.place}.{name}", make, rounds, device, settings) for name, make in makers.items()}
     return training_rows(work, timed, card, fp8_line)
 
 
@@ -89,22 +87,26 @@ def measured(
     make: Callable[[int], Round],
     rounds: int,
     device: torch.device,
-    progress: Callable[[str], None],
+    settings: Settings,
     sizes: tuple[int, ...] = MICRO_BATCHES,
 ) -> Timed:
     """Rounds of `make(sequences at one time)` in a process of its own, with the first of `sizes` that fits.
+
+    `name`: of its rows, and so of its profile.
 
     Raises UserError when none does, or when it fails otherwise.
     """
     for size in sizes:
         try:
             with Contestant(partial(make, size), name, peak=partial(peak_allocated, device)) as contestant:
-                seconds = interleaved({name: contestant.run}, rounds, WARM_UP, progress)[name]
-                return Timed(seconds, contestant.peak_bytes(), size)
+                seconds = interleaved({name: contestant.run}, rounds, WARM_UP, settings.progress)[name]
+                took = Timed(seconds, contestant.peak_bytes(), size)
+                contestant.profile(settings, name)
+                return took
         except UserError as error:
             if "out of memory" not in str(error) or size == sizes[-1]:
                 raise
-            progress(f"{name}: {size} at one time do not fit")
+            settings.progress(f"{name}: {size} at one time do not fit")
     raise AssertionError("no sizes")
 
 
@@ -147,8 +149,9 @@ def decode(settings: Settings, model: ModelConfig, device: torch.device = GPU) -
     rows = []
     for batch in BATCHES:
         make = partial(make_decoding_round, model, PRECISIONS[TORCH], device, PROMPT, new)
-        took = measured(f"decode {batch}", make, rounds, device, settings.progress, sizes=(batch,))
-        rows += decode_rows(f"decode_bts.batch_{batch}", read_bytes(model), batch, new, took, card)
+        place = f"decode_bts.batch_{batch}"
+        took = measured(place, make, rounds, device, settings, sizes=(batch,))
+        rows += decode_rows(place, read_bytes(model), batch, new, took, card)
     return rows
 
 

@@ -35,6 +35,8 @@ class Settings:
     scale: float = 1.0
     """Amounts of data are multiplied by it; lines are only meant for 1."""
     progress: Callable[[str], None] = lambda line: None
+    profile: Path | None = None
+    """Folder for a profile of each contestant's round; None: none is taken."""
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,10 @@ PREDICTED = 1.25
 
 def training(settings: Settings) -> list[Row]:
     """Every shape and precision."""
-    return [row for shape in SHAPES for precision in DTYPES for row in _training(shape, precision, settings.progress)]
+    return [row for shape in SHAPES for precision in DTYPES for row in _training(shape, precision, settings)]
 
 
-def _training(shape: str, precision: str, progress: Callable[[str], None]) -> list[Row]:
+def _training(shape: str, precision: str, settings: Settings) -> list[Row]:
     makers: dict[str, Callable[[], Round]] = {
         "hf": partial(make_hf_round, shape, precision),
         "hf_plain": partial(make_hf_round, shape, precision, plain=True),
@@ -78,8 +78,10 @@ def _training(shape: str, precision: str, progress: Callable[[str], None]) -> li
             name: stack.enter_context(Contestant(make, f"{name} {shape} {precision}")) for name, make in makers.items()
         }
         runs: dict[str, Callable[[], object]] = {name: contestant.run for name, contestant in contestants.items()}
-        seconds = interleaved(runs, rounds=ROUNDS, warm_up=3, progress=progress)
+        seconds = interleaved(runs, rounds=ROUNDS, warm_up=3, progress=settings.progress)
         peaks = {name: contestant.peak_bytes() for name, contestant in contestants.items()}
+        for name in ("hf", "dense", "bts"):
+            contestants[name].profile(settings, f"{shape}.{precision}.{name}")
     return _rows(shape, precision, seconds, peaks)
 
 

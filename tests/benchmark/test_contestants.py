@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megabts.benchmark.contestants import Contestant, Round
+from megabts.benchmark.suite import Settings
 from megabts.benchmark.timing import interleaved
 from megabts.errors import UserError
 
@@ -71,6 +73,36 @@ def test_rounds_are_timed_where_they_run_and_memory_is_its_own() -> None:
     assert all(map(gone, pids))
     with Contestant(partial(sleeper, 0.0, 7.5)) as own:
         assert interleaved({"own": own.run}, 1)["own"] == [7.5]
+
+
+def multiplier() -> Round:
+    """Three matrix products a round."""
+    matrix = torch.ones(64, 64)
+
+    def run() -> None:
+        for _ in range(3):
+            torch.mm(matrix, matrix)
+
+    return run
+
+
+def test_a_round_is_profiled_where_it_runs(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Contestant(multiplier) as one:
+        one.profile(Settings(progress=said.append), "no folder, no profile")
+        assert said == []
+        assert one.run() > 0
+        one.profile(Settings(progress=said.append, profile=tmp_path), "S.fp32.products")
+        assert one.run() > 0
+        with pytest.raises(UserError, match=r"^multiplier: FileNotFoundError: .*products\.txt'$"):
+            one.profile(Settings(profile=tmp_path / "gone"), "products")
+    assert [path.name for path in tmp_path.iterdir()] == ["S.fp32.products.txt"]
+    assert said == [f"profile: {tmp_path / 'S.fp32.products.txt'}"]
+    lines = (tmp_path / "S.fp32.products.txt").read_text().splitlines()
+    assert lines[0].startswith("S.fp32.products: one round, ")
+    (row,) = [line for line in lines if "aten::mm " in line]
+    assert row.split()[-1] == "3"
+    assert any(line.startswith("Self CPU time total: ") for line in lines)
 
 
 @pytest.mark.parametrize(

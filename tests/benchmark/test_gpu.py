@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,11 +136,12 @@ def test_rows_of_known_seconds() -> None:
 
 
 @pytest.mark.parametrize("work", [DENSE, STITCHED], ids=["dense", "stitched"])
-def test_training_runs_from_end_to_end(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_runs_from_end_to_end(work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "card_of", lambda device: GPUS["h200"])
     monkeypatch.setattr(gpu, "have_te", lambda: False)
     said: list[str] = []
-    rows = gpu.train(Settings(scale=0.1, progress=said.append), work, plain=work.stitched, device=CPU)
+    settings = Settings(scale=0.1, progress=said.append, profile=tmp_path)
+    rows = gpu.train(settings, work, plain=work.stitched, device=CPU)
     names = [row.name.removeprefix(f"{work.place}.") for row in rows]
     kinds = ("tokens_per_second", "mfu", "mfu_full_attention", "peak_gb")
     contestants = (TORCH, PLAIN) if work.stitched else (TORCH,)
@@ -148,13 +150,17 @@ def test_training_runs_from_end_to_end(work: Work, monkeypatch: pytest.MonkeyPat
     assert all(row.value.median > 0 for row in rows)
     assert rows[0].note == "micro-batches of 4"
     assert said[0] == gpu.NO_TE
-    assert f"{work.place} {contestants[-1]}" in said[-1]
+    profiles = {f"{work.place}.{contestant}.txt" for contestant in contestants}
+    assert {path.name for path in tmp_path.iterdir()} == profiles
+    assert said[-1] == f"profile: {tmp_path / f'{work.place}.{contestants[-1]}.txt'}"
 
 
-def test_decoding_runs_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_runs_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "card_of", lambda device: GPUS["h200"])
     monkeypatch.setattr(gpu, "BATCHES", (2,))
-    rows = gpu.decode(Settings(scale=0.03), TINY, CPU)
+    rows = gpu.decode(Settings(scale=0.03, profile=tmp_path), TINY, CPU)
+    profile = (tmp_path / "decode_bts.batch_2.txt").read_text()
+    assert {"prompts", "steps", "aten::bmm"} < set(profile.split())
     assert [row.name for row in rows] == [
         f"decode_bts.batch_2.{kind}" for kind in ("tokens_per_second", "bandwidth_share", "peak_gb")
     ]
@@ -189,14 +195,14 @@ def small(largest: int, error: Exception, size: int) -> Round:
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     said: list[str] = []
-    took = gpu.measured("one", partial(small, 2, full), 2, CPU, said.append, sizes=(4, 2, 1))
+    took = gpu.measured("one", partial(small, 2, full), 2, CPU, Settings(progress=said.append), sizes=(4, 2, 1))
     assert (took.micro_batch, took.seconds) == (2, [2.0, 2.0])
     assert took.peak_bytes > 10**7
     assert said[0] == "one: 4 at one time do not fit"
     with pytest.raises(UserError, match=r"^one: OutOfMemoryError: CUDA out of memory"):
-        gpu.measured("one", partial(small, 0, full), 2, CPU, said.append, sizes=(1,))
+        gpu.measured("one", partial(small, 0, full), 2, CPU, Settings(progress=said.append), sizes=(1,))
     with pytest.raises(UserError, match=r"^one: ValueError: wrong"):
-        gpu.measured("one", partial(small, 0, ValueError("wrong")), 2, CPU, said.append)
+        gpu.measured("one", partial(small, 0, ValueError("wrong")), 2, CPU, Settings())
 
 
 def test_the_card_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

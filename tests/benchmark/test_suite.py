@@ -133,6 +133,12 @@ def test_unknown_benchmarks_and_missing_libraries(monkeypatch: pytest.MonkeyPatc
         choose_benchmarks("data")
 
 
+def test_a_folder_for_profiles_that_cannot_be(run_tool: RunTool) -> None:
+    code, out, err = run_tool("benchmark.py", "--suite", "cpu", "--only", "scaling", "--profile", "no/folder/x")
+    assert (code, out) == (1, "")
+    assert err == "error: --profile no/folder/x cannot be made: No such file or directory\n"
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -140,6 +146,7 @@ def test_unknown_benchmarks_and_missing_libraries(monkeypatch: pytest.MonkeyPatc
         (["--suite", "data", "--only", "x"], "no such benchmark"),
         (["--suite", "data", "--scale", "0"], "--scale 0: give a factor above 0"),
         (["--suite", "data", "--json", "no/folder/x.json"], "there is no folder no/folder"),
+        (["--suite", "data", "--profile", "x"], "--profile x: it is for --suite cpu and gpu"),
         (["--suite", "data", "--jsn", "x"], "did you mean --json?"),
         ([], "--suite"),
     ],

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from megabts.benchmark import shapes, training
-from megabts.benchmark.suite import Row
+from megabts.benchmark import decode, shapes, training
+from megabts.benchmark.contestants import Contestant
+from megabts.benchmark.suite import Row, Settings
 from megabts.benchmark.timing import Measure
 from megabts.config.model import ModelConfig
 from megabts.train.step import StepResult, train_step
@@ -30,6 +31,39 @@ def test_rows_of_known_seconds() -> None:
     ours = rows["S.fp32.dense_vs_hf"].ours
     assert ours is not None
     assert ours.median == pytest.approx((2048 / 1 + 2048 / 2) / 2)
+
+
+class Ready(Contestant):
+    """A contestant without a process, that takes a second a round."""
+
+    def __init__(self, make: object, name: str) -> None:
+        self.name = name
+
+    def run(self) -> float:
+        return 1.0
+
+    def peak_bytes(self) -> int:
+        return 10**9
+
+    def profile(self, settings: Settings, row: str) -> None:
+        settings.progress(f"{row} of {self.name}")
+
+    def close(self) -> None:
+        pass
+
+
+def test_profiles_are_named_after_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "Contestant", Ready)
+    monkeypatch.setattr(decode, "Contestant", Ready)
+    said: list[str] = []
+    settings = Settings(progress=said.append)
+    rows = training._training("S", "fp32", settings)
+    assert said[-3:] == [f"S.fp32.{name} of {name} S fp32" for name in ("hf", "dense", "bts")]
+    for batch, place in ((1, "S.bf16.decode"), (16, "S.bf16.decode_16")):
+        rows += decode.decode(settings, "S", "bf16", batch)
+        assert said[-3:] == [f"{place}_{name} of decode {name} S bf16" for name in ("dense", "bts", "hf")]
+    for prefix in ("S.fp32.dense", "S.fp32.bts", "S.bf16.decode_dense", "S.bf16.decode_16_bts"):
+        assert any(row.name.startswith(f"{prefix}_vs_") for row in rows), prefix
 
 
 @pytest.fixture
