@@ -123,6 +123,8 @@ class OptimizerConfig:
     what is not finite. Three such steps in a row end the run."""
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Learning-rate factor by parameter-name pattern, first match wins: {"head.*": 0.1}; 0 freezes."""
+    library: Literal["auto", "torch"] = "auto"
+    """Whose fused AdamW kernel steps on a GPU: Transformer Engine's, else NVIDIA apex's, else torch's; or torch's."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

@@ -1,9 +1,9 @@
 """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on fp32 masters, of which a rank holds its shard (ZeRO stage 1).
 
 Masters and moments cover the elements that `GradientBuffer` makes this rank's: 12 bytes for each of P / dp parameters.
-A step is one fused kernel over slices of them that share learning-rate scale and weight decay; then every bucket's
-masters are turned into the parameters' precision, gathered over dp and written to the parameters. State is kept by
-parameter name and range of elements, so a checkpoint knows nothing of buckets.
+A step is one fused kernel (`runtime.adamw_kernel` says whose) over slices that share learning-rate scale and weight
+decay; then every bucket's masters are turned into the parameters' precision, gathered over dp and written to the
+parameters. State is kept by parameter name and range of elements, so a checkpoint knows nothing of buckets.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +20,7 @@ from megabts.parallel.ddp import GradientBuffer, Slot, split_like
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.ranges import joined
 from megabts.parallel.sharding import NamedParameters
+from megabts.runtime.adamw_kernel import choose_adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)
@@ -61,8 +62,10 @@ class MasterAdamW:
             }
             for (scale, decays), ranges in self._ranges(config).items()
         ]
-        betas = (config.beta1, config.beta2)
-        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True) if groups else None
+        self.adamw: torch.optim.Optimizer | None = None
+        if groups:
+            make = choose_adamw(config.library, self.master.device, self.master.dtype)
+            self.adamw = make(groups, betas=(config.beta1, config.beta2), eps=config.eps)
         self._set_state(0)
 
     def _ranges(self, config: OptimizerConfig) -> dict[tuple[float, bool], list[tuple[int, int, int]]]:
@@ -89,6 +92,7 @@ class MasterAdamW:
         if self.adamw is None:
             return
         for group in self.adamw.param_groups:
+            group["step"] = steps  # of which each library reads the one that it counts
             for flat, (start, end, _) in zip(group["params"], group["ranges"], strict=True):
                 state = {moment: buffer[start:end] for moment, buffer in self.moments.items()}
                 self.adamw.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **state}

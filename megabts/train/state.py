@@ -48,8 +48,9 @@ FREE = {"data.valid", "data.cache", "data.tokenizer", "data.train", "model.prese
     "bts.experts",
     "moe.members",
     "routing.members",
+    "optimizer.library",
 }
-"""Exceptions: names of places. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
+"""Exceptions: names of places, and a library that computes the same. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
 
 
 def make_saver(run: Run, run_dir: Path) -> Saver:

@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from tests.te import fp8, modules
+from tests.te import fp8, modules, optimizers
 
 PYTORCH = {
     modules: ("Linear", "LayerNormLinear", "LayerNormMLP", "RMSNorm", "DotProductAttention"),
@@ -29,6 +29,7 @@ def _modules() -> dict[str, ModuleType]:
     made = [
         _module(root),
         _module(f"{root}.pytorch", **members),
+        _module(f"{root}.pytorch.optimizers", FusedAdam=optimizers.FusedAdam),
         _module(f"{root}.pytorch.quantization", FP8GlobalStateManager=fp8.FP8GlobalStateManager),
         _module(f"{root}.common"),
         _module(f"{root}.common.recipe", **{name: getattr(fp8, name) for name in RECIPES}),

@@ -11,7 +11,7 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from tests.te import fp8, modules
+from tests.te import fp8, modules, optimizers
 
 WHEEL = (
     Path(__file__)
@@ -30,6 +30,7 @@ CALLS: list[tuple[str, str, Callable[..., Any]]] = [
     ("pytorch/module/rmsnorm.py", "RMSNorm.__init__", modules.RMSNorm.__init__),
     (ATTENTION, "DotProductAttention.__init__", modules.DotProductAttention.__init__),
     (ATTENTION, "DotProductAttention.forward", modules.DotProductAttention.forward),
+    ("pytorch/optimizers/fused_adam.py", "FusedAdam.__init__", optimizers.FusedAdam.__init__),
     ("pytorch/quantization.py", "autocast", fp8.autocast),
     ("pytorch/quantization.py", "quantized_model_init", fp8.quantized_model_init),
     ("pytorch/quantization.py", "is_fp8_available", fp8.is_fp8_available),
@@ -66,6 +67,8 @@ def test_arguments_are_those_of_transformer_engine(
     args = found_in(wheel, file, path).args
     names = [arg.arg for arg in args.args]
     defaults = dict(zip(names[len(names) - len(args.defaults) :], args.defaults))
+    defaults |= {arg.arg: value for arg, value in zip(args.kwonlyargs, args.kw_defaults) if value}
+    names += [arg.arg for arg in args.kwonlyargs]
     for place, (name, parameter) in enumerate(inspect.signature(ours).parameters.items()):
         if name == "cls" or parameter.kind is parameter.VAR_KEYWORD:
             continue
@@ -104,6 +107,19 @@ def test_parameters_and_state_have_these_names(wheel: ZipFile) -> None:
     assert "self.weight_names = ['weight']" in linear
     assert all(text in base for text in ("'scaling_fwd'", "'scaling_bwd'", "self.fp8_meta['num_gemms']"))
     assert all(text in state for text in ("scale: torch.Tensor", "amax_history: torch.Tensor"))
+
+
+def test_the_optimizer_keeps_this_state(wheel: ZipFile) -> None:
+    """Moments by these names, as they are handed in; the step in the group; nothing without a gradient."""
+    adam = found_in(wheel, "pytorch/optimizers/fused_adam.py", "FusedAdam")
+    text = " ".join(ast.unparse(adam).split())
+    for line in (
+        "if len(state) == 0: self.initialize_state(",
+        "for name in ['exp_avg', 'exp_avg_sq', 'master_param']: if name in state:",
+        "if 'step' in group: group['step'] += 1 if not self.capturable",
+        "if p_grad is None: continue",
+    ):
+        assert line in text
 
 
 def test_the_gate_is_the_first_half(wheel: ZipFile) -> None:
