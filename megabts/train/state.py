@@ -50,7 +50,8 @@ FREE = {"data.valid", "data.cache", "data.tokenizer", "data.train", "model.prese
     "routing.members",
     "optimizer.library",
 }
-"""Exceptions: names of places, and a library that computes the same. Contents are compared by hashes (data, tokenizer) and by the manifest (members)."""
+"""Exceptions: names of places, and of a library that computes the same. Contents are compared by hashes (data,
+tokenizer) and by the manifest (members)."""
 
 
 def make_saver(run: Run, run_dir: Path) -> Saver:
