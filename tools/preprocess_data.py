@@ -104,7 +104,9 @@ def choose_tokenizer(args: argparse.Namespace) -> "Tokenizer":
 def main() -> None:
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job manager's stop cleans up as Ctrl-C does
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # inherited by the workers: the processes are the parallelism
+    # The processes are the parallelism; one that starts no threads can be forked, which takes no time (ordered_map).
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     from megabts.data.ordered_map import available_cores
     from megabts.data.preprocess import PreprocessOptions, preprocess
 

@@ -3,8 +3,8 @@
 Item i goes to process i mod n, and results are taken in the same order; each process has at most `_DEPTH` items, so
 that one is waiting while another is worked on. The parent never waits for a process that waits for it: a thread in
 every process takes items from the pipe at once. When a process dies, its pipe closes and the parent raises; when the
-parent dies, the processes see their pipes close and end. Processes are spawned, not forked: a fork of a process with
-threads can hang.
+parent dies, the processes see their pipes close and end. A process of one thread is forked, which takes no time; a
+fork of one with threads can hang, so that one's workers are spawned, and import everything again.
 """
 
 import multiprocessing
@@ -16,13 +16,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from megabts.errors import UserError
 
 _DEPTH = 2
 _CLOSED = object()
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -51,6 +53,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _has_one_thread() -> bool:
+    """Whether this process has one thread, those of libraries counted; only Linux says so."""
+    tasks = "/proc/self/task"
+    return os.path.isdir(tasks) and len(os.listdir(tasks)) == 1
+
+
 class _Crew:
     """The processes and the parent's ends of their pipes; a process starts when its first item comes."""
 
@@ -58,15 +66,19 @@ class _Crew:
         if workers < 1:
             raise ValueError(f"{workers} workers: at least 1 is needed")
         self._function = function
-        self._context = multiprocessing.get_context("spawn")
-        self._members: dict[int, tuple[SpawnProcess, Connection]] = {}
+        self._forks = _has_one_thread()
+        self._context: ForkContext | SpawnContext
+        self._context = multiprocessing.get_context("fork") if self._forks else multiprocessing.get_context("spawn")
+        self._members: dict[int, tuple[BaseProcess, Connection]] = {}
 
     def _start(self, worker: int) -> None:
         parent_end, child_end = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(child_end, self._function), daemon=True)
-        resource_tracker.ensure_running()  # started by the first process otherwise, and it lifts the block below
+        ours = [connection for _, connection in self._members.values()] + [parent_end] if self._forks else []
+        process = self._context.Process(target=_work, args=(child_end, ours, self._function), daemon=True)
+        if not self._forks:
+            resource_tracker.ensure_running()  # started by the first process otherwise, and it lifts the block below
         # Ctrl-C reaches the whole process group, and the parent alone shall answer it: the child inherits the block.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
             process.start()
             self._members[worker] = (process, parent_end)
@@ -109,7 +121,7 @@ class _Crew:
                 process.join(2)
 
 
-def _death(process: SpawnProcess) -> UserError:
+def _death(process: BaseProcess) -> UserError:
     process.join(2)
     code = process.exitcode
     if code is not None and code < 0:
@@ -118,8 +130,16 @@ def _death(process: SpawnProcess) -> UserError:
     return UserError(f"a worker process ended (exit code {code}): what it printed says why")
 
 
-def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """The life of a worker process: take an item, send (True, result) or (False, exception), until the pipe closes."""
+def _work(connection: Connection, inherited: list[Connection], function: Callable[[Any], Any]) -> None:
+    """The life of a worker process: take an item, send (True, result) or (False, exception), until the pipe closes.
+
+    A fork has the parent's ends of pipes too, and its handler of SIGTERM. It must keep neither: a pipe closes when all
+    copies of its other end are closed, and SIGTERM, blocked until now, ends a worker.
+    """
+    for end in inherited:
+        end.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_take_items, args=(connection, inbox), daemon=True).start()
     while (item := inbox.get()) is not _CLOSED:

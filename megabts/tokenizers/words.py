@@ -74,29 +74,23 @@ class WordEncoder:
         """Tokens of every text. Raises what the tokenizer raises."""
         if self._cuts is None:
             return self._encode(texts)
+        if len(self._known) > MAX_WORDS:
+            self._known.clear()
         cut = [self._cut(text, self._cuts.spaces) for text in texts]
-        firsts = self._encode([words[0] for words in cut])
-        return [first + self._encode_words(words[1:]) for first, words in zip(firsts, cut)]
+        firsts = self._encode([words.pop(0) for words in cut])
+        new = list(set().union(*cut).difference(self._known))
+        self._known.update(self._encode_new(new))
+        tokens = [first + b"".join(map(self._known.__getitem__, words)) for first, words in zip(firsts, cut)]
+        for word in new:
+            if len(word) > _MAX_CHARACTERS:
+                del self._known[word]
+        return tokens
 
     def _cut(self, text: str, spaces: re.Pattern[str]) -> list[str]:
         """Words, without the space in front that all but the first have."""
         if spaces is _AFTER_NO_SPACE and "  " not in text:
             return text.split(" ")  # the same, several times as fast
         return spaces.split(text)
-
-    def _encode_words(self, words: list[str]) -> bytes:
-        """Tokens of words with a space in front of each."""
-        found = list(map(self._known.get, words))
-        unknown = [place for place, tokens in enumerate(found) if tokens is None]
-        if unknown:
-            new = list({words[place] for place in unknown})
-            fresh = self._encode_new(new)
-            for place in unknown:
-                found[place] = fresh[words[place]]
-            if len(self._known) > MAX_WORDS:
-                self._known.clear()
-            self._known.update(item for item in fresh.items() if len(item[0]) <= _MAX_CHARACTERS)
-        return b"".join(found)  # type: ignore[arg-type]  # none is None now
 
     def _encode_new(self, words: list[str]) -> dict[str, bytes]:
         """Tokens of words with a space in front of each.
@@ -139,7 +133,7 @@ def _merges_stop_at_spaces(definition: bytes) -> bool:
     """Whether a SentencePiece model is a BPE that keeps texts as they are, with no space inside or ending a piece."""
     pieces, trainer, normalizer = [], {}, {}
     for number, value in _fields(definition):
-        if number == 1:
+        if number == 1 and (value.rfind(_META_SPACE.encode()) > 2 or b" " in value):  # two bytes say it is a text
             pieces.append(dict(_fields(value)))
         elif number == 2:
             trainer = dict(_fields(value))

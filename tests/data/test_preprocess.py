@@ -345,22 +345,18 @@ def test_ordered_map_raises_errors_and_notices_death() -> None:
         list(ordered_map(_square, [1], 0))
 
 
-def start_endless(tmp_path: Path) -> subprocess.Popen[bytes]:
-    """The tool with two workers, reading from a pipe that stays open, with some documents done."""
+THREADED = "import runpy, sys, threading; threading.Thread(target=threading.Event().wait, daemon=True).start(); "
+THREADED += "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def start_endless(tmp_path: Path, threaded: bool) -> subprocess.Popen[bytes]:
+    """The tool with two workers, reading from a pipe that stays open, with some documents done.
+
+    `threaded`: in a process of two threads, which may not be forked.
+    """
+    flags = ["--input", "-", "--output-prefix", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "2"]
     process = subprocess.Popen(
-        [
-            *TOOL,
-            "--input",
-            "-",
-            "--output-prefix",
-            str(tmp_path / "out"),
-            "--tokenizer",
-            "bytes",
-            "--workers",
-            "2",
-            "--log-interval",
-            "1",
-        ],
+        [*([TOOL[0], "-c", THREADED, TOOL[1]] if threaded else TOOL), *flags, "--log-interval", "1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -379,8 +375,10 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def workers_of(pid: int) -> list[int]:
-    return [c for c in children_of(pid) if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+def workers_of(pid: int, spawned: bool) -> list[int]:
+    """Forked workers have the tool's own command line, spawned ones another."""
+    name = b"spawn_main" if spawned else b"preprocess_data.py"
+    return [child for child in children_of(pid) if name in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def gone(pids: list[int], seconds: float = 5) -> bool:
@@ -403,10 +401,11 @@ def write_until_closed(pipe: IO[bytes]) -> None:
     pytest.fail("the tool goes on without a worker")
 
 
+@pytest.mark.parametrize("spawned", [False, True], ids=["forked", "spawned"])
 @pytest.mark.parametrize("how", ["ctrl-c", "terminate", "kill a worker", "kill the parent"])
-def test_being_stopped_leaves_nothing_under_final_names(how: str, tmp_path: Path) -> None:
-    process = start_endless(tmp_path)
-    workers = workers_of(process.pid)
+def test_being_stopped_leaves_nothing_under_final_names(how: str, spawned: bool, tmp_path: Path) -> None:
+    process = start_endless(tmp_path, spawned)
+    workers = workers_of(process.pid, spawned)
     assert len(workers) == 2
     start = time.perf_counter()
     if how == "ctrl-c":
