@@ -34,7 +34,7 @@ from megabts.parallel.balance import Costs, check_cuts, fastest_cuts
 from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
-from megabts.runtime.device import check_te, have_te, resolve_dtype
+from megabts.runtime.device import check_fp8, check_te, have_te, resolve_dtype
 from megabts.runtime.fusion import Fuse, eager
 from megabts.tokenizers.build import find_tokenizer
 
@@ -54,7 +54,10 @@ def make_backend(
     """
     precision, sequence = config.precision, config.parallel.sequence
     if precision.layers == "torch" or torch.device(device).type == "meta":
-        return TorchBackend(dtype, device, mesh.tp, sequence, fuse)
+        fp8 = "none" if torch.device(device).type == "meta" else precision.fp8
+        if fp8 != "none":
+            check_fp8(torch.device(device))
+        return TorchBackend(dtype, device, mesh.tp, sequence, fuse, fp8)
     check_te(torch.device(device))
     group = amax_group(mesh, config.parallel.timeout) if precision.fp8 == "delayed" else None
     return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group, fuse)
@@ -205,7 +208,8 @@ def load_model(
     """The model of a run or checkpoint folder, or of a Hugging Face folder; nothing else is needed.
 
     `dtype` None: as the checkpoint's run computed, or the Hugging Face folder is stored. `run`: build it with this
-    run's settings instead of its own ones, whose layer library gives way to torch where it does not run.
+    run's settings instead of its own ones, whose layer library gives way to torch where it does not run; torch's layers
+    are then without FP8, which is for training.
     `without`: experts of a BTS model to leave out. `fuse`: see `megabts.runtime.fusion`.
     Raises UserError (not there, damaged, a member moved or changed).
     """
@@ -225,7 +229,7 @@ def load_model(
 
 
 def _on(device: torch.device | str, config: RunConfig) -> RunConfig:
-    if torch.device(device).type == "cuda" and have_te():
+    if config.precision.layers == "te" and torch.device(device).type == "cuda" and have_te():
         return config
     return replace(config, precision=replace(config.precision, layers="torch", fp8="none"))
 

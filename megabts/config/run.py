@@ -199,11 +199,16 @@ class PrecisionConfig:
     layers: Literal["torch", "te"] = "torch"
     """Layer library: plain PyTorch, or NVIDIA's Transformer Engine (GPU)."""
     fp8: Literal["none", "current", "delayed", "block"] = "none"
-    """FP8 matrix products in the linears, by how they are scaled; needs layers=te."""
+    """FP8 matrix products in the linears, by how they are scaled. Layers of torch have `current`, in frozen members
+    alone; te all, in all linears."""
 
     def __post_init__(self) -> None:
-        if self.fp8 != "none" and self.layers != "te":
-            raise UsageError(f"precision.fp8 {self.fp8} needs Transformer Engine; set precision.layers te")
+        if self.fp8 not in ("none", "current") and self.layers != "te":
+            raise UsageError(
+                f"precision.fp8 {self.fp8} needs Transformer Engine; set precision.layers te, or precision.fp8 current"
+            )
+        if self.fp8 != "none" and self.dtype == "float64":
+            raise UsageError(f"precision.fp8 {self.fp8} has no results in float64; set precision.dtype bfloat16")
 
 
 @dataclass

@@ -42,6 +42,8 @@ class OneToken:
             decoders = [model]
         if not decoders or type(decoders[0].backend) is not TorchBackend or decoders[0].backend.tp.size > 1:
             return None
+        if decoders[0].backend.quantised:  # as a run trains them
+            return None
         if decoders[0].backend.device.type == "meta":  # made of another model's tensors: they are not stacked anew
             return None
         if decoders[0].many_attentions or any(layer.routed for layer in decoders[0].layers.values()):

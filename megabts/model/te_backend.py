@@ -46,12 +46,10 @@ class TEBackend(TorchBackend):
         amax_group: ProcessGroup | None = None,
         fuse: Fuse = eager,
     ) -> None:
-        super().__init__(dtype, device, tp, sequence, fuse)
+        super().__init__(dtype, device, tp, sequence, fuse, fp8)
         self.te = load_te()
-        self.fp8 = fp8
         self.recipe = make_recipe(fp8, reduce_amax=amax_group is not None)
         self.amax_group = amax_group
-        self.quantised = False
         self._cores: dict[tuple[int, int, int], nn.Module] = {}  # attention, by its heads; without parameters
         if fp8 != "none":
             probe = self.te.is_fp8_block_scaling_available if fp8 == "block" else self.te.is_fp8_available

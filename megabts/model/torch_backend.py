@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabts.model.backend import Recompute
+from megabts.model.fp8_linear import FP8Linear
+from megabts.model.te_fp8 import FP8
 from megabts.parallel.collectives import all_reduce
 from megabts.parallel.mesh import Axis
 from megabts.parallel.sharding import ParamMeta
@@ -24,7 +26,10 @@ from megabts.runtime.fusion import Fuse, eager
 
 
 class TorchBackend:
-    """`Backend` in plain PyTorch."""
+    """`Backend` in plain PyTorch.
+
+    fp8: current keeps the weights of frozen linears in FP8, and multiplies them so (`fp8_linear`).
+    """
 
     def __init__(
         self,
@@ -33,16 +38,21 @@ class TorchBackend:
         tp: Axis,
         sequence: bool = False,
         fuse: Fuse = eager,
+        fp8: FP8 = "none",
     ) -> None:
         self.dtype = dtype
         self.device = torch.device(device)
         self.tp = tp
         self.sequence = sequence
         self.fuse = fuse
+        self.fp8: FP8 = fp8
+        self.quantised = False
         self.keeps_probabilities = True
 
     def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None, *, entered: bool = False) -> nn.Module:
         """See `Backend`."""
+        if self.quantised:
+            return FP8Linear(self, weight, bias, enters=not entered)
         return ColumnLinear(weight, bias, self.tp, self.dtype, self.device, sequence=self.sequence, entered=entered)
 
     def row_linear(self, weight: ParamMeta, *, left: bool = False) -> nn.Module:
@@ -50,6 +60,8 @@ class TorchBackend:
         if left:  # then, as where the region is entered, this rank's slice is all there is to it
             check_columns(weight, self.tp)
             return self.column_linear(weight, entered=True)
+        if self.quantised:
+            return FP8Linear(self, weight, leaves=True)
         return RowLinear(weight, self.tp, self.dtype, self.device, sequence=self.sequence)
 
     def norm(self, size: int, eps: float, *, summed: bool = False) -> nn.Module:
@@ -104,6 +116,7 @@ class TorchBackend:
         """See `Backend`. Activations of several members live at one time: attention's largest are formed again."""
         other = copy(self)
         other.keeps_probabilities = self.dtype.itemsize <= 2
+        other.quantised = self.fp8 == "current"
         return other
 
     def checkpoint(self, function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -87,8 +87,14 @@ def _check_fp8(config: RunConfig) -> None:
     parallel, model, train, fp8 = config.parallel, config.model, config.train, config.precision.fp8
     if fp8 == "none":
         return
+    of_torch = config.precision.layers == "torch"
+    if of_torch and config.method not in ("bts", "routing"):
+        raise UsageError(
+            f"precision.fp8 {fp8} with layers of torch is for frozen members, and method {config.method} has none; set "
+            "precision.layers te, or precision.fp8 none"
+        )
     tp, seq = parallel.tensor, config.data.seq_length
-    slices = tp if parallel.sequence else 1
+    slices = tp if parallel.sequence and not of_torch else 1  # torch gathers the sequence before it rounds
     gathered = 128 if fp8 == "block" and slices > 1 else 16
     heads = sum(max(1, heads // tp) for heads in model.qkv_heads)
     needs = [
@@ -102,7 +108,7 @@ def _check_fp8(config: RunConfig) -> None:
             gathered,
         ),
     ]
-    if config.method == "bts":
+    if config.method == "bts" and not of_torch:  # the stitches' linears
         needs.append((f"model.hidden_size {model.hidden_size} / parallel.tensor {tp}", model.hidden_size // tp, 16))
     for name, size, multiple in needs:
         if size % multiple:

@@ -175,6 +175,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def check_fp8(device: torch.device) -> None:
+    """Raise UserError on a GPU that has no FP8 products; on CPU torch has them, for tests."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(
+            f"precision.fp8 needs a GPU of compute capability 8.9 (Ada) or later, and this is {gpu_model(device)}; set "
+            "precision.fp8 none"
+        )
+
+
 def have_te() -> bool:
     """Whether NVIDIA's Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None

@@ -114,11 +114,13 @@ def test_decoding_with_a_cache_is_the_whole_forward_pass(library: Library) -> No
     assert distance(torch.cat(found, 1), whole) < library.tolerance
 
 
-def bts_model(backend: TorchBackend, mesh: ParallelMesh | None = None, **sizes: Any) -> BTSModel:
+def bts_model(
+    backend: TorchBackend, mesh: ParallelMesh | None = None, recompute: Recompute = "none", **sizes: Any
+) -> BTSModel:
     """A hub and two experts, four stitches; the first stitch follows layer 1."""
     mesh = mesh or ParallelMesh()
     bts = BTSConfig("hub", {"a": "a", "b": "b"}, gate_dropout=0.0, num_stitch_layers=4)
-    model = BTSModel(ModelConfig(**{**SIZES, "num_layers": 4, **sizes}), bts, backend)
+    model = BTSModel(ModelConfig(**{**SIZES, "num_layers": 4, **sizes}), bts, backend, recompute=recompute)
     initialise(named_metas(model), 1, mesh)
     with torch.no_grad():
         for name, parameter, meta in model.own_parameters():
