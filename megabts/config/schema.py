@@ -29,7 +29,6 @@ class Field:
     key: str
     hint: Any
     default: Any
-    doc: str
 
     @property
     def is_mapping(self) -> bool:
@@ -55,21 +54,19 @@ class Schema:
                 self.fields.update((inner.key, inner) for inner in self._fields_of(field.hint, f"{field.key}."))
             else:
                 self.fields[field.key] = field
-        self.parser = self._parser()
 
     @staticmethod
     def _fields_of(cls: Any, prefix: str) -> list[Field]:
         hints = get_type_hints(cls)
-        docs = {param.arg_name: param.description or "" for param in parse_from_object(cls).params}
         fields = []
         for item in dataclasses.fields(cls):
             made = item.default_factory
             default = item.default if made is dataclasses.MISSING else made()
-            doc = " ".join(docs.get(item.name, "").split())
-            fields.append(Field(prefix + item.name, hints[item.name], default, doc))
+            fields.append(Field(prefix + item.name, hints[item.name], default))
         return fields
 
-    def _parser(self) -> ArgumentParser:
+    def help_parser(self) -> ArgumentParser:
+        """The parser of all settings, for its help: reading all docstrings takes a tenth of a second."""
         parser = ArgumentParser(
             usage="%(prog)s [--config FILE ...] [--section.key VALUE ...]",
             description="Defaults give way to the preset's sizes (model.preset), these to the YAML files in the order "
@@ -80,15 +77,20 @@ class Schema:
         )
         parser.add_argument("--config", metavar="FILE", help="YAML file of settings; may be given several times.")
         groups: dict[str, Any] = {"": parser.add_argument_group("run")}
-        for name, cls in self.sections.items():
-            groups[name] = parser.add_argument_group(name, parse_from_object(cls).short_description)
+        docs: dict[str, str] = {}
+        for name, cls in {"": self.root, **self.sections}.items():
+            found = parse_from_object(cls)
+            if name:
+                groups[name] = parser.add_argument_group(name, found.short_description)
+            docs |= {f"{name}.{each.arg_name}".lstrip("."): each.description or "" for each in found.params}
         for key, field in self.fields.items():
+            doc = " ".join(docs.get(key, "").split())
             action = groups[key.rpartition(".")[0]].add_argument(
                 f"--{key}",
                 type=field.hint,
                 default=argparse.SUPPRESS,
                 metavar=_metavar(field.hint),
-                help=f"{field.doc} (default: {show(field.default)})".strip().replace("%", "%%"),
+                help=f"{doc} (default: {show(field.default)})".strip().replace("%", "%%"),
             )
             action.option_strings[:] = [f"--{key}"]
         return parser
@@ -117,14 +119,25 @@ class Schema:
         wrong = UsageError(f"{field.key} is {reprlib.repr(value)} ({where}); expected {describe(field.hint)}")
         if value is None:
             raise wrong
+        if _is_typed(field.hint, value):
+            return value
         try:
-            result = self.parser.parse_object({field.key: value}, defaults=False)[field.key]
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_argument(f"--{field.key}", type=field.hint, default=argparse.SUPPRESS)
+            result = parser.parse_object({field.key: value}, defaults=False)[field.key]
         except (argparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
             raise wrong from error
         numbers = result.values() if isinstance(result, dict) else [result]
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             raise wrong
         return result
+
+
+def _is_typed(hint: Any, value: Any) -> bool:
+    """Whether a value needs no conversion and no further look, as nearly all of a file that `to_yaml` wrote."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    return type(value) is hint and (not isinstance(value, float) or math.isfinite(value))
 
 
 def nearest(word: str, known: list[str]) -> str:
