@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from megabts import assemble
 from megabts.bts.model import BTSModel
 from megabts.build import load_model, make_backend, new_model, num_parameters, open_model
+from megabts.checkpoint.folder import write_checkpoint
 from megabts.checkpoint.hf import weights_from_hf
 from megabts.checkpoint.manifest import MODEL_FILE, CheckpointError
+from megabts.checkpoint.source import CONFIG_FILE
 from megabts.checkpoint.storage import LATEST
+from megabts.config.load import to_yaml
 from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
 from megabts.config.run import PrecisionConfig, RunConfig, TrainConfig
 from megabts.errors import UserError
 from megabts.model.decoder import Decoder
+from megabts.model.fp8_linear import E4M3, FP8Weight, quantise
 from megabts.model.torch_backend import TorchBackend
 from megabts.parallel.mesh import ParallelMesh
+from megabts.parallel.sharding import ParamMeta
 from tests.bts.folders import write_dense, write_members
 from tests.bts.reference import SIZES
 
@@ -167,3 +172,57 @@ def test_a_run_of_such_a_library_loads_anywhere(tmp_path: Path) -> None:
     run = open_model(folder).config
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         load_model(folder, MESH, None, "cpu", run=run)
+
+
+def test_members_of_a_run_in_fp8_are_rounded_as_they_are_read(tmp_path: Path) -> None:
+    """The run's model has what is on disk, rounded, and stores nothing of it; for other uses it loads without FP8."""
+    sizes = {"hidden_size": 32, "head_dim": 16, "ffn_size": 32}
+    paths = write_members(tmp_path, "seed", "code", **sizes)
+    precision = PrecisionConfig(dtype="bfloat16", fp8="current")
+    bts = BTSConfig(paths["seed"], {"code": paths["code"]}, 2)
+    config = RunConfig("bts", ModelConfig(**{**SIZES, **sizes}), bts, precision=precision)
+    model, records = new_model(config, MESH, make_backend(config, MESH, torch.bfloat16, "cpu"))
+    held = {name: p for name, p in model.named_parameters() if isinstance(p, FP8Weight)}
+    assert len(held) == 2 * 5 * 4
+    stored = load_file(Path(paths["code"]) / MODEL_FILE)
+    for name, tensor in stored.items():
+        found = (
+            model.get_parameter(f"members.code.{name}") if name not in ("head.weight", "final_norm.weight") else None
+        )
+        if isinstance(found, FP8Weight):
+            values, scale = quantise(tensor, E4M3)
+            assert torch.equal(found.rounded.values.float(), values.float())
+            assert found.rounded.scale == scale
+        elif found is not None:
+            assert torch.equal(found, tensor.bfloat16())
+    assert not [name for name, _, _ in model.own_parameters() if name.startswith("members.")]
+    stitches = {name: parameter.detach() for name, parameter, _ in model.own_parameters()}
+    write_checkpoint(
+        tmp_path / "bts",
+        {MODEL_FILE: stitches},
+        {CONFIG_FILE: to_yaml(config).encode()},
+        {"step": 0, "tokenizer_fingerprint": ""},
+        records,
+    )
+    loaded = load_model(tmp_path / "bts", MESH, None, "cpu")
+    assert loaded.config.precision == PrecisionConfig(dtype="bfloat16")
+    assert not [name for name, p in loaded.model.named_parameters() if isinstance(p, FP8Weight)]
+    assert same({name: p for name, p in tensors(loaded.model).items() if name in stitches}, stitches)
+    again = load_model(tmp_path / "bts", MESH, None, "cpu", run=config).model
+    for name, p in again.named_parameters():
+        assert isinstance(p, FP8Weight) == (name in held)
+        assert torch.equal(p.clone(), model.get_parameter(name).clone())
+
+
+def test_whole_shapes_need_no_fp8() -> None:
+    config = RunConfig("bts", precision=PrecisionConfig(fp8="current"))
+    assert make_backend(config, MESH, torch.float32, "meta").frozen().column_linear(ParamMeta((3, 5))).weight.is_meta
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    config = RunConfig("bts", precision=PrecisionConfig(fp8="current"))
+    with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 .* this is NVIDIA A100; set") as error:
+        make_backend(config, MESH, torch.bfloat16, "cuda:0")
+    assert "\n" not in str(error.value)

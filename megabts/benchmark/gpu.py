@@ -31,13 +31,14 @@ from megabts.planner.gpus import GPUS, Gpu
 from megabts.runtime.device import gpu_model, have_te, peak_allocated
 
 GPU = torch.device("cuda", 0)
-TORCH, TE, FP8, PLAIN = "torch_bf16", "te_bf16", "te_fp8", "plain"
+TORCH, TORCH_FP8, TE, FP8, PLAIN = "torch_bf16", "torch_fp8", "te_bf16", "te_fp8", "plain"
 PRECISIONS = {
     TORCH: PrecisionConfig(dtype="bfloat16"),
+    TORCH_FP8: PrecisionConfig(dtype="bfloat16", fp8="current"),
     TE: PrecisionConfig(dtype="bfloat16", layers="te"),
     FP8: PrecisionConfig(dtype="bfloat16", layers="te", fp8="current"),
 }
-"""By the name in the results."""
+"""By the name in the results; TORCH_FP8, of frozen members alone, where there are any."""
 NO_TE = "Transformer Engine is not installed: no rows of it"
 MICRO_BATCHES = (4, 2, 1)
 """Sequences at one time, tried in this order until they fit."""
@@ -70,7 +71,7 @@ def train(
     """A training step with every layer library. `fp8_line`: what FP8 has to be in tokens of bf16; `plain`: also
     against `plain_loss`."""
     card, rounds = card_of(device), max(2, round(ROUNDS * settings.scale))
-    names = tuple(PRECISIONS) if have_te() else (TORCH,)
+    names = [TORCH, *[TORCH_FP8] * work.stitched, *([TE, FP8] if have_te() else [])]
     if not have_te():
         settings.progress(NO_TE)
     makers: dict[str, Callable[[int], Round]] = {
@@ -124,7 +125,11 @@ def training_rows(work: Work, timed: Mapping[str, Timed], card: Gpu, fp8_line: f
     best = min((name for name in (TORCH, TE) if name in timed), key=lambda name: median(timed[name].seconds))
     note = best if TE in timed else f"{best}; {NO_TE}"
     rows.append(Row(f"{work.place}.bf16_mfu", _mfu(work, best, timed[best], card), Line(">=", MFU), note=note))
-    pairs = (("fp8_vs_bf16", FP8, best, fp8_line), ("bf16_vs_plain", best, PLAIN, PLAIN_SPEEDUP))
+    pairs = (
+        ("fp8_vs_bf16", FP8, best, fp8_line),
+        ("torch_fp8_vs_bf16", TORCH_FP8, TORCH, None),
+        ("bf16_vs_plain", best, PLAIN, PLAIN_SPEEDUP),
+    )
     for name, ours, yardstick, bound in pairs:
         if ours in timed and yardstick in timed:
             value = ratio_of(timed[yardstick].seconds, timed[ours].seconds)
@@ -139,7 +144,7 @@ def _speed(work: Work, took: Timed) -> Measure:
 
 
 def _mfu(work: Work, name: str, took: Timed, card: Gpu, *, causal: bool = True) -> Measure:
-    peak = card.bf16 * (2 if name == FP8 else 1)
+    peak = card.bf16 * (2 if name in (FP8, TORCH_FP8) else 1)
     return measure_of([work.operations(causal=causal) / seconds / peak for seconds in took.seconds])
 
 

@@ -202,6 +202,14 @@ def test_wrong_values_in_a_file(tmp_path: Path, given: str, expected: str) -> No
         (["--data.train", "{a: "], "--data.train:1: not valid YAML"),
         (["--data.train.", "1"], "unknown key data.train."),
         (["--checkpoint.resume", "perhaps"], "checkpoint.resume is 'perhaps' (command line); expected true or false"),
+        (
+            ["--precision.fp8", "delayed"],
+            "precision.fp8 delayed needs Transformer Engine; set precision.layers te, or precision.fp8 current",
+        ),
+        (
+            ["--precision.fp8", "current", "--precision.dtype", "float64"],
+            "precision.fp8 current has no results in float64; set precision.dtype bfloat16",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: list[str], expected: str) -> None:

@@ -108,11 +108,13 @@ def test_micro_batches_are_counted_per_rank() -> None:
     assert num_microbatches(run({}, batch=(24, 2)), 3) == 4
 
 
-def fp8_run(fp8: str, parallel: dict[str, Any], experts: int = 0, seq: int = 64, **sizes: Any) -> RunConfig:
+def fp8_run(
+    fp8: str, parallel: dict[str, Any], experts: int = 0, seq: int = 64, layers: str = "te", **sizes: Any
+) -> RunConfig:
     """Sizes that FP8 can take on one rank: 16 heads of 16, two of them keys."""
     fitting = {"hidden_size": 256, "num_heads": 16, "num_kv_heads": 2, "ffn_size": 512, **sizes}
     config = run(parallel, fitting, experts=experts, seq=seq)
-    return replace(config, precision=PrecisionConfig(layers="te", fp8=fp8))  # type: ignore[arg-type]
+    return replace(config, precision=PrecisionConfig(layers=layers, fp8=fp8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,9 @@ def fp8_run(fp8: str, parallel: dict[str, Any], experts: int = 0, seq: int = 64,
         (fp8_run("delayed", {"tensor": 4, "sequence": True}), 4),
         (fp8_run("block", {"tensor": 2, "sequence": True}, seq=256), 2),
         (fp8_run("current", {"tensor": 4}, experts=2), 4),
+        # of torch: the stitches are not in FP8, and a sequence is whole when it is rounded
+        (fp8_run("current", {"tensor": 2}, experts=2, hidden_size=272, head_dim=16, layers="torch"), 2),
+        (fp8_run("current", {"tensor": 8, "sequence": True}, experts=2, layers="torch"), 8),
     ],
 )
 def test_what_fp8_can_take_is_let_through(config: RunConfig, world: int) -> None:
@@ -146,6 +151,8 @@ def test_what_fp8_can_take_is_let_through(config: RunConfig, world: int) -> None
             2,
             "hidden_size 272 / parallel.tensor 2 = 136",
         ),
+        (fp8_run("current", {}, layers="torch"), 1, "is for frozen members, and method dense has none; set"),
+        (fp8_run("current", {}, experts=2, seq=63, layers="torch"), 1, "63 / 1 slices = 63"),
     ],
 )
 def test_what_fp8_cannot_take_is_refused(config: RunConfig, world: int, message: str) -> None:
