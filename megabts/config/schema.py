@@ -135,8 +135,13 @@ class Schema:
 
 def _is_typed(hint: Any, value: Any) -> bool:
     """Whether a value needs no conversion and no further look, as nearly all of a file that `to_yaml` wrote."""
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is list:
+        return type(value) is list and all(_is_typed(inner[0], item) for item in value)
+    if origin is dict:
+        return type(value) is dict and all(_is_typed(str, k) and _is_typed(inner[1], v) for k, v in value.items())
     return type(value) is hint and (not isinstance(value, float) or math.isfinite(value))
 
 
