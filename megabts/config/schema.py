@@ -11,6 +11,7 @@ import math
 import reprlib
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
@@ -122,15 +123,21 @@ class Schema:
         if _is_typed(field.hint, value):
             return value
         try:
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_argument(f"--{field.key}", type=field.hint, default=argparse.SUPPRESS)
-            result = parser.parse_object({field.key: value}, defaults=False)[field.key]
+            result = _parser_of(field.hint).parse_object({"value": value}, defaults=False)["value"]
         except (argparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
             raise wrong from error
         numbers = result.values() if isinstance(result, dict) else [result]
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             raise wrong
         return result
+
+
+@cache
+def _parser_of(hint: Any) -> ArgumentParser:
+    """What converts one value to a type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint, default=argparse.SUPPRESS)
+    return parser
 
 
 def _is_typed(hint: Any, value: Any) -> bool:

@@ -40,6 +40,7 @@ FIXED = (
     "train.global_batch",
     "train.seed",
     "precision.dtype",
+    "precision.frozen",
     "precision.fp8",
 )
 """Settings that decide what a run computes: a resumed run must have the same ones."""
@@ -84,7 +85,7 @@ def start_save(saver: Saver, run: Run, step: int, guard: SpikeGuard) -> None:
     if config.precision.fp8 == "delayed":
         scales = fp8_state(run.model)  # the same on every rank that runs a module
         files[FP8_FILE] = [Piece(name, ParamMeta(tuple(t.shape)), run.mesh.tp, t) for name, t in scales.items()]
-    blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(run.tokenizer)}
+    blobs = {CONFIG_FILE: to_yaml(config).encode(), **checkpoint_files(run.tokenizer)} if saver.rank == 0 else {}
     saver.start(step, files, blobs, state, run.members)
 
 

@@ -22,10 +22,9 @@ from megabts.config.load import load_config
 from megabts.data.indexed import IndexedDatasetBuilder
 from megabts.parallel.mesh import build_mesh
 from megabts.runtime.metrics import read_metrics
-from megabts.train.trainer import Trainer
 from tests.bts.folders import write_members
 from tests.te.standin import installed
-from tests.train.runs import arguments, build, make_ids
+from tests.train.runs import arguments, build, fit, make_ids
 
 EXPERTS = ("code", "math", "languages")
 SIZES: dict[str, Any] = {
@@ -172,7 +171,7 @@ def train_all(rank: int, jobs: list[Job]) -> None:
         torch.distributed.barrier()
         config = load_config(job.args)
         with transformer_engine() if config.precision.layers == "te" else nullcontext():
-            assert Trainer(build(job.args, build_mesh(config.parallel, world, rank))).fit() == 0
+            assert fit(build(job.args, build_mesh(config.parallel, world, rank))) == 0
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def train_watched(rank: int, args: list[str], port: str, folder: Path, case: str
         publish_step(*given, **more)
 
     trainer_module.train_step, saver_module.publish_step = delayed, held_up
-    trainer_module.peak_flops = lambda *_: None  # type: ignore[assignment, misc]  # as in conftest.py
+    trainer_module.peak_flops = lambda *_: None  # type: ignore[assignment, misc]  # as in runs.fit
     told = folder / f"err-{rank}"
     with told.open("w") as file:
         os.dup2(file.fileno(), 2)
