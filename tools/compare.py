@@ -7,11 +7,13 @@ run it again: finished stages are kept. Seeds and studies may be added later.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
+from megabts.experiment.methods import METHODS
+from megabts.experiment.recipe import find_corpora
+from megabts.experiment.scale import check_preset
 
 
 def main() -> int:
@@ -37,13 +39,16 @@ def main() -> int:
         raise UsageError(f"--minutes is {args.minutes:g}; it must be above 0")
     if args.cross_capability and args.data:
         raise UsageError("--cross-capability needs the built-in corpora; leave out --data")
-    seeds = parse_seeds(args.seeds)
+    if args.ablations and args.methods:
+        raise UsageError("--methods leaves out what --ablations adds; give one of them")
+    seeds, methods = parse_seeds(args.seeds), parse_methods(args.methods)
+    check_preset(args.preset)
+    domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
     if args.parse_only:
         return 0
 
     from megabts.experiment.comparison import Comparison
     from megabts.experiment.comparison_results import collect, markdown, write_comparison
-    from megabts.experiment.recipe import find_corpora
     from megabts.experiment.scale import read_scale
     from megabts.experiment.studies import all_stages
     from megabts.runtime.device import gpu_names, num_cores
@@ -52,10 +57,8 @@ def main() -> int:
     scale = read_scale(args.preset)
     minutes, vocab_size = args.minutes or scale.minutes, args.vocab_size or scale.vocab_size
     out = args.out or default_out(args.data, args.preset)
-    domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
     flags = {"ablations": args.ablations, "cross-capability": args.cross_capability, "changes": args.changes}
     studies = tuple(name for name, asked in flags.items() if asked)
-    methods = tuple(filter(None, args.methods.split(",")))
     comparisons = [
         Comparison(
             *(out / f"seed{seed}", args.data or out / "corpora", domains, minutes, seed, vocab_size),
@@ -65,10 +68,6 @@ def main() -> int:
         )
         for seed in seeds
     ]
-    unknown = set(methods) - set(comparisons[0].models)
-    if unknown:
-        names = ", ".join(replace(comparisons[0], methods=()).models)
-        raise UsageError(f"--methods names {', '.join(sorted(unknown))}, which is none of {names}")
     for comparison in comparisons:
         comparison.write_settings()
     stages = all_stages(comparisons, built_in=args.data is None)
@@ -86,6 +85,15 @@ def parse_seeds(text: str) -> list[int]:
     if not all(part.strip().isdigit() for part in parts) or len({int(part) for part in parts}) < len(parts):
         raise UsageError(f"--seeds {text} is not a list of different numbers like 0,1,2")
     return [int(part) for part in parts]
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """("bts", "btm") from "bts,btm"; none from "". Raises UsageError."""
+    methods = tuple(filter(None, map(str.strip, text.split(","))))
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise UsageError(f"--methods names {', '.join(unknown)}, which is none of {', '.join(METHODS)}")
+    return methods
 
 
 def default_out(data: Path | None, preset: str) -> Path:

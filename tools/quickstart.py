@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megabts.config.tool_parser import ToolParser
 from megabts.errors import UsageError, run_tool
+from megabts.experiment.recipe import find_corpora
 
 
 def main() -> int:
@@ -29,20 +30,19 @@ def main() -> int:
         raise UsageError(f"--minutes is {args.minutes:g}; it must be above 0")
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}; it must be at least 0")
+    domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
     if args.parse_only:
         return 0
 
     from rich.console import Console
 
     from megabts.experiment.quickstart import Quickstart
-    from megabts.experiment.recipe import find_corpora
     from megabts.runtime.device import gpu_names, num_cores
     from megabts.runtime.stages import run_stages
     from megabts.viz.records import Report
     from megabts.viz.report import results_table
 
     out = args.out or default_out(args.data, args.seed)
-    domains = tuple(find_corpora(args.data)) if args.data else ("code", "math", "prose")
     quickstart = Quickstart(out, args.data or out / "corpora", domains, args.minutes, args.seed, args.vocab_size)
     quickstart.write_settings()
     stages = quickstart.stages(built_in=args.data is None)

@@ -9,20 +9,10 @@ from megabts.bts.flops import bts_flops
 from megabts.bts.plan import stitch_plan
 from megabts.experiment.base import Experiment
 from megabts.experiment.forms import STITCHED, Settings, ablations
+from megabts.experiment.methods import METHODS, UPCYCLED
 from megabts.experiment.scale import PRESETS, Scale, read_scale
 from megabts.model.flops import dense_flops
 from megabts.runtime.stages import Stage
-
-UPCYCLED: dict[str, tuple[str, ...]] = {
-    "btx-top2": ("btx", "--routing", "topk"),
-    "btx-switch": ("btx", "--routing", "switch"),
-    "btx-soft": ("btx", "--routing", "soft"),
-    "btx-sample": ("btx", "--routing", "sample"),
-    "sparse-upcycling": ("sparse",),
-    "bam": ("bam",),
-    "bam-adapters": ("bam-adapters",),
-}
-"""Method and arguments of `tools/upcycle.py`."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +72,10 @@ class Comparison(Experiment):
         return STITCHED | ablations(self.config("seed").model, self.config("stitch"), tuple(self.experts))
 
     @property
-    def trained(self) -> tuple[str, ...]:
-        """Methods with a training run of their own."""
-        return (
-            *("dense-data-matched", "dense-compute-matched", "expert-routing"),
-            *UPCYCLED,
-            *self.stitched,
-        )
-
-    @property
     def models(self) -> tuple[str, ...]:
         """Names of all models compared."""
         experts = (f"expert-{domain}" for domain in self.experts)
-        known = (*self.trained[:2], "soup", "btm", *self.trained[2:])
+        known = (*METHODS, *(name for name in self.stitched if name not in METHODS))
         return ("seed", *experts, *(name for name in known if not self.methods or name in self.methods))
 
     def stages(self) -> list[Stage]:

@@ -4,12 +4,9 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from megabts.errors import UsageError
-from megabts.experiment.base import CONFIGS
 
-PRESETS = CONFIGS / "compare"
+PRESETS = Path(__file__).resolve().parents[2] / "examples" / "configs" / "compare"
 FILE = "scale.yaml"
 
 
@@ -32,17 +29,24 @@ def preset_names() -> list[str]:
     return sorted(path.parent.name for path in PRESETS.glob(f"*/{FILE}"))
 
 
+def check_preset(preset: str) -> None:
+    """Raises UsageError when there is no such preset. Needs Python alone, as scripts ask before they install."""
+    if preset not in preset_names():
+        raise UsageError(f"--preset {preset} is none of {', '.join(preset_names())}")
+
+
 @cache
 def read_scale(preset: str) -> Scale:
     """The scale of a preset. Raises UsageError when there is no such preset, or its file does not hold a scale."""
-    if preset not in preset_names():
-        raise UsageError(f"--preset {preset} is none of {', '.join(preset_names())}")
+    check_preset(preset)
     path = PRESETS / preset / FILE
     return parse_scale(path.read_text(), path)
 
 
 def parse_scale(text: str, path: Path) -> Scale:
     """The scale in the text of a file; `path` names it. Raises UsageError."""
+    import yaml
+
     names = [field.name for field in fields(Scale)]
     try:
         found = yaml.safe_load(text)
