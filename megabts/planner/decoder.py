@@ -54,9 +54,11 @@ def decoder_parts(config: RunConfig, ep_rank: int = 0) -> Parts:
 
 def layer_work(config: RunConfig, *, trains: bool, passes: bool) -> Work:
     """One layer of one member; `passes`: its input needs a gradient."""
-    count = layer_parameters(model_key(config.model), config.parallel.tensor)
+    count, matrices = layer_parameters(model_key(config.model), config.parallel.tensor)
     everywhere, share = rows(config), slice_share(config)
     d, value = config.model.hidden_size, value_bytes(config)
+    if config.precision.fp8 == "current" and not trains:  # a byte an element, and one in the transposed copy
+        count -= matrices - matrices * (1 + passes) // value
     entry = share * everywhere * d * value if passes else 0.0
     query, key = head_widths(config)
     moved = _layer_moved(config, query + key)
@@ -178,8 +180,8 @@ def model_key(model: ModelConfig) -> ModelKey:
 
 
 @cache
-def layer_parameters(key: ModelKey, tp: int) -> int:
-    """Elements of a real layer's parameters on a tensor-parallel rank."""
+def layer_parameters(key: ModelKey, tp: int) -> tuple[int, int]:
+    """Elements of a real layer's parameters on a tensor-parallel rank: all, and those of its linears' matrices."""
     d, heads, kv_heads, head_dim, ffn, bias, norm, span = key
     model = ModelConfig(
         hidden_size=d,
@@ -192,7 +194,8 @@ def layer_parameters(key: ModelKey, tp: int) -> int:
         qk_norm_span=span,
     )
     layer = Layer(model, TorchBackend(torch.float32, "meta", Axis("tp", tp)), "none")
-    return sum(parameter.numel() for parameter in layer.parameters())
+    sizes = [(parameter.numel(), parameter.dim()) for parameter in layer.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, dims in sizes if dims == 2)
 
 
 def head_widths(config: RunConfig) -> tuple[float, float]:

@@ -13,9 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megabts.bts.model import BTSModel
 from megabts.build import BUILDERS, make_backend
+from megabts.model.decoder import sequence_loss
+from megabts.model.fp8_linear import FP8Weight
 from megabts.optimizer.adamw import MasterAdamW
-from megabts.parallel.mesh import build_mesh
+from megabts.parallel.mesh import ParallelMesh, build_mesh
+from megabts.parallel.sharding import initialise, named_metas
+from megabts.runtime.device import DTYPES
 from tests.planner.layouts import SMALL, Arguments, Figures, configured, figures_of_steps, predicted
 from tests.ranks import run_ranks
 
@@ -82,6 +87,28 @@ def test_parameters_gradients_optimizer(world: tuple[int, Arguments]) -> None:
             flat, state = optimizer.gradients.flat, (optimizer.master, *optimizer.moments.values())
             assert memory.gradients == pytest.approx(storage_bytes(flat), rel=BOUND, abs=1)
             assert memory.optimizer == pytest.approx(storage_bytes(*state), rel=BOUND, abs=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_members_in_fp8(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes after a step, when the layers that pass gradient have their transposed copies."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # whose FP8 products are slow
+    arguments = {**SMALL_BTS, "bts.placement": "[3, 4]", "bts.num_stitch_layers": 2, "precision.fp8": "current"}
+    config = configured({**arguments, "precision.dtype": dtype})
+    mesh, backend = ParallelMesh(), make_backend(config, ParallelMesh(), DTYPES[dtype], "cpu")
+    model = BUILDERS["bts"](config, mesh, backend)
+    assert isinstance(model, BTSModel)
+    initialise(named_metas(model), 0, mesh)
+    tokens = torch.zeros(2, 17, dtype=torch.int64)
+    sequence_loss(model, tokens[:, 1:], tokens[:, 1:], torch.ones(2, 16)).backward()
+    held, plain = [], []
+    for parameter in model.parameters():
+        if isinstance(parameter, FP8Weight):
+            held += [x for x in (parameter.rounded.values, parameter.rounded.turned) if x is not None]
+        else:
+            plain.append(parameter)
+    assert len(held) < 2 * len([x for x in model.parameters() if isinstance(x, FP8Weight)])
+    assert predicted(config, mesh).parameters == storage_bytes(*held, *plain)
 
 
 SMALL_BTS: Arguments = {**SMALL, "method": "bts", "bts.hub": "x", **EXPERTS}
