@@ -2,6 +2,10 @@
 
 Each call of `Decoding.run` carries out one `Step`: rows leave, the others read one token each, and new rows read their
 prompts. Whoever decides (`megabts.inference.engine`) sends every rank of the model the same steps.
+
+On a GPU a decode step is recorded as a CUDA graph where it is a `OneToken`'s (see `runtime.graphs`). The step that is
+recorded reads which tokens, places and documents from one tensor, and attends to a rounded number of columns under a
+mask. Caches and weights stay where they are as long as the `Decoding` that recorded it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,12 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megabts.inference.kv_cache import Decode, KVCache, Places, Prefill
+from megabts.inference.kv_cache import Decode, KVCache, Places, Prefill, bucket
 from megabts.inference.one_token import OneToken
 from megabts.model.attention import Context
 from megabts.model.decoder import Model
-from megabts.model.rope import rotation
+from megabts.model.rope import inverse_frequencies, rotation
 from megabts.parallel.mesh import ParallelMesh
+from megabts.runtime.graphs import Graphs, Record, recorder
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,11 @@ class _Row:
 
 
 class Decoding:
-    """Rows in progress. `capacity`: tokens that each member's cache has room for."""
+    """Rows in progress. `capacity`: tokens that each member's cache has room for. `cuda_graphs`: see above."""
 
-    def __init__(self, model: Model, capacity: int, mesh: ParallelMesh | None = None) -> None:
+    def __init__(
+        self, model: Model, capacity: int, mesh: ParallelMesh | None = None, *, cuda_graphs: bool = True
+    ) -> None:
         self.model = model
         self.capacity = capacity
         self.device = next(model.parameters()).device
@@ -72,6 +79,10 @@ class Decoding:
         """Of all members together."""
         self.caches = self.cache.split(model.num_local_members)
         self._one_token = OneToken.of(model)
+        self._frequencies = inverse_frequencies(model.config).to(self.device)
+        self._graphs: Graphs | None = None
+        if cuda_graphs and self._one_token is not None:
+            self.record_with(recorder(self.device))
         self.memory: dict[str, Tensor] = {}
         """The model's, of the rows in progress; rows are the first dimension of each tensor."""
         self._rows: list[_Row] = []
@@ -87,22 +98,36 @@ class Decoding:
             logits.append(self._prefill(step.admitted))
         return torch.cat(logits) if len(logits) > 1 else next(iter(logits), None)
 
+    def record_with(self, record: Record | None) -> None:
+        """How decode steps are recorded from now on; None: they are not."""
+        self._graphs = None if record is None else Graphs(record)
+
     def _decode(self, tokens: Sequence[int]) -> Tensor:
         rows = self._rows
         positions, documents = [row.length for row in rows], [row.document for row in rows]
-        ends = [position + 1 for position in positions]
-        told = torch.tensor([tokens, positions, documents], device=self.device)
-        places = Decode.of([row.start for row in rows], ends, self.capacity, self.device)
-        mask = None
-        if any(documents) or min(ends) < max(ends):
-            columns = torch.arange(max(ends), device=self.device)
-            mask = (columns <= told[1].unsqueeze(1)) & (columns >= told[2].unsqueeze(1))
-            mask = mask[:, None, None]
-        starts = (told[1] == told[2]).unsqueeze(1)
-        logits = self._forward(told[0].unsqueeze(1), told[1:2], mask, starts, 1, places, self.memory)
+        starts, ends = [row.start for row in rows], [position + 1 for position in positions]
+        if self._graphs is not None and self._one_token is not None and self._one_token.recordable:
+            told = torch.tensor([tokens, positions, documents, starts], device=self.device)
+            logits = self._graphs(self._masked_step, told, *bucket(starts, ends, self.capacity))
+        else:
+            told = torch.tensor([tokens, positions, documents], device=self.device)
+            places = Decode.of(starts, ends, self.capacity, self.device)
+            masked = any(documents) or min(ends) < max(ends)
+            logits = self._step(told, places, _decode_mask(told, max(ends)) if masked else None)
         for row, token in zip(rows, tokens, strict=True):
             row.read([token])
         return logits
+
+    def _masked_step(self, told: Tensor, width: int, distance: int | None, first: int) -> Tensor:
+        """What is recorded: logits [b, V] of tokens, positions, documents and starts, [4, b]. Doing it again changes
+        nothing."""
+        places = Decode.at(told[3], told[1] + 1, width, distance, first)
+        return self._step(told, places, _decode_mask(told, width))
+
+    def _step(self, told: Tensor, places: Places, mask: Tensor | None) -> Tensor:
+        """One token of every row; told: tokens, positions and documents, each [b]."""
+        starts = (told[1] == told[2]).unsqueeze(1)
+        return self._forward(told[0].unsqueeze(1), told[1:2], mask, starts, 1, places, self.memory)
 
     def _prefill(self, admitted: Sequence[Admission]) -> Tensor:
         width = max(len(new.prompt) for new in admitted)
@@ -145,7 +170,7 @@ class Decoding:
         for cache in (self.cache, *self.caches):
             cache.places = places
         context = Context(
-            rotation(model.config, positions, model.dtype),
+            rotation(model.config, positions, model.dtype, self._frequencies),
             mask,
             tokens=tokens,
             starts=starts,
@@ -158,6 +183,13 @@ class Decoding:
             return self._one_token.logits(hidden, context)[:, 0]
         hidden = model.run_layers(0, model.config.num_layers, hidden, context, self.caches)
         return model.logits(hidden, context, last=True)[:, 0]
+
+
+def _decode_mask(told: Tensor, width: int) -> Tensor:
+    """Where the new tokens of rows may look, [b, 1, 1, width]: to their position, from where their document starts."""
+    columns = torch.arange(width, device=told.device)
+    mask = (columns <= told[1].unsqueeze(1)) & (columns >= told[2].unsqueeze(1))
+    return mask[:, None, None]
 
 
 def document_numbers(ends: Tensor) -> Tensor:

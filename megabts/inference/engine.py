@@ -39,7 +39,7 @@ class Engine:
 
     `max_rows`: completions that run at one time. `max_tokens`: tokens of theirs, prompts included, that the caches have
     room for. `tokenizer`: for text in events, and stop strings. `prefill_tokens`: of prompts that begin in one step,
-    padding included; a longer one begins alone. `progress` is told of every step.
+    padding included; a longer one begins alone. `progress` is told of every step. `cuda_graphs`: see `Decoding`.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Engine:
         mesh: ParallelMesh | None = None,
         prefill_tokens: int = 4096,
         progress: Progress | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.mesh = mesh or ParallelMesh()
         check_mesh(self.mesh)
@@ -64,7 +65,7 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         self._progress = progress or Progress()
         with torch.inference_mode():
-            self._decoding = Decoding(model, max_tokens, mesh)
+            self._decoding = Decoding(model, max_tokens, mesh, cuda_graphs=cuda_graphs)
         self._stretches = Stretches(max_tokens)
         self._waiting: deque[Completion] = deque()
         self._rows: list[Completion] = []

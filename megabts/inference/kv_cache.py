@@ -22,6 +22,9 @@ from torch import Tensor
 
 from megabts.config.model import ModelConfig
 
+WIDTHS = 256
+"""What `bucket` rounds to."""
+
 
 class Stretches:
     """Which tokens of a buffer are free. A stretch is (start, size)."""
@@ -95,23 +98,32 @@ class Decode:
     """Start of the first row."""
     index: Tensor | None
     """Where there is no view: what to gather, [b width]."""
+    place: int | None = None
+    """Of the new token, where it is known here, of one row."""
 
     @classmethod
     def of(cls, starts: Sequence[int], lengths: Sequence[int], capacity: int, device: torch.device) -> "Decode":
         """Of rows at these starts with these lengths."""
         width = max(lengths)
-        apart = {after - before for before, after in pairwise(starts)} or {width}
-        distance = apart.pop() if len(apart) == 1 else 0
-        viewed = distance > 0 and starts[-1] + width <= capacity
+        distance = _distance(starts) if starts[-1] + width <= capacity else None
         places = torch.tensor([starts, lengths], device=device)
-        index = None if viewed else _columns(places[0], places[1], width)
-        return cls(places[0], places[1], width, distance if viewed else None, starts[0], index)
+        if distance is None:
+            return cls.at(places[0], places[1], width)
+        place = starts[0] + width - 1 if len(starts) == 1 else None
+        return cls(places[0], places[1], width, distance, starts[0], None, place)
+
+    @classmethod
+    def at(cls, starts: Tensor, lengths: Tensor, width: int, distance: int | None = None, first: int = 0) -> "Decode":
+        """Of rows that tensors know alone, as a recorded step has them; the numbers are those of `bucket`."""
+        return cls(
+            starts, lengths, width, distance, first, _columns(starts, lengths, width) if distance is None else None
+        )
 
     def store(self, stored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `Places`: returns [width, b, kv_heads, hd]."""
         rows = len(self.starts)
-        if rows == 1 and self.index is None:
-            last = stored.select(2, self.first + self.width - 1).unbind(0)
+        if self.place is not None:
+            last = stored.select(2, self.place).unbind(0)
             last[0].copy_(key[0, 0])
             last[1].copy_(value[0, 0])
         else:
@@ -132,6 +144,26 @@ class Decode:
         """See `Places`; as wide as all rows are."""
         starts, lengths = self.starts[rows], self.lengths[rows]
         return Decode(starts, lengths, self.width, None, 0, _columns(starts, lengths, self.width))
+
+
+def bucket(starts: Sequence[int], lengths: Sequence[int], capacity: int) -> tuple[int, int | None, int]:
+    """Width, distance and first of `Decode` for rows at these starts, which stay the same for up to WIDTHS steps.
+
+    The width is rounded up, if the buffer has so many tokens where rows are viewed; columns from a row's length on are
+    another row's, or its last again, and must be masked.
+    """
+    longest = max(lengths)
+    width, room, distance = -(-longest // WIDTHS) * WIDTHS, capacity - starts[-1], _distance(starts)
+    if distance is None or room < longest:
+        return width, None, 0
+    return min(width, room), distance, starts[0]
+
+
+def _distance(starts: Sequence[int]) -> int | None:
+    """Between each start and the next, where it is the same for all, and no start before the one that it follows."""
+    apart = {after - before for before, after in pairwise(starts)} or {1}
+    distance = apart.pop()
+    return None if apart or distance <= 0 else distance
 
 
 def _columns(starts: Tensor, lengths: Tensor, width: int) -> Tensor:

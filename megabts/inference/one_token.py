@@ -63,6 +63,13 @@ class OneToken:
         self.head = _stack([decoders[0].head.weight])
         self._eps = torch.tensor(model.config.norm_eps, device=decoders[0].backend.device)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a step is operators on tensors that stay where they are, and no more: nobody looks at gates, nothing
+        is remembered of the texts beside the caches."""
+        model = self.model
+        return not isinstance(model, BTSModel) or not (model.observed or model.mixes or None in self.stitches)
+
     def run_layers(self, hidden: Tensor, context: Context, cache: KVCache) -> Tensor:
         """All layers, and the stitches between them, on what `Model.embed` gave; `cache`: of all members together."""
         model = self.model

@@ -56,12 +56,15 @@ def _yarn(powers: Tensor, base: float, scaling: dict[str, Any]) -> Tensor:
     return 1.0 / (scaling["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
 
 
-def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(
+    config: ModelConfig, positions: Tensor, dtype: torch.dtype, frequencies: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [s, b or 1, 1, head_dim / 2] in `dtype`, for positions [s] or [s, b].
 
-    YaRN's attention factor is in both.
+    YaRN's attention factor is in both. `frequencies`: the config's, where they are at hand on that device.
     """
-    frequencies = inverse_frequencies(config).to(positions.device)
+    if frequencies is None:
+        frequencies = inverse_frequencies(config).to(positions.device)
     angles = positions.unsqueeze(-1).float() * frequencies
     if positions.dim() == 1:
         angles = angles.unsqueeze(1)
