@@ -67,7 +67,7 @@ class FP8Weight(Tensor):
     """
 
     rounded: Rounded
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, rounded: Rounded, dtype: torch.dtype) -> "FP8Weight":
@@ -83,7 +83,7 @@ class FP8Weight(Tensor):
         return (self.rounded.values.float() * self.rounded.scale).to(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Every operator that reaches the weight."""
         if function is torch.ops.aten.detach.default:
             return cls(args[0].rounded, args[0].dtype)
