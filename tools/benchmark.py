@@ -15,10 +15,11 @@ import json
 import sys
 from pathlib import Path
 
-from megabts.config.tool_parser import ToolParser
+from megabts.config.tool_parser import ToolParser, check_output, check_picture
 from megabts.errors import UsageError, UserError, run_tool
 
-PICTURES = (".png", ".svg", ".pdf")
+SUITES_OF = {"plot": ("cpu",), "profile": ("cpu", "gpu"), "data": ("data",), "tokenizer": ("data",)}
+"""Flags that mean something in these suites only."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,21 +31,30 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME", help="one of them")
     parser.add_argument("--json", type=Path, metavar="F", help="also write all numbers to F")
     parser.add_argument("--plot", type=Path, metavar="F", help="cpu suite: draw what `scaling` measures (png, svg)")
-    parser.add_argument("--profile", type=Path, metavar="D", help="cpu, gpu: also profile a round of each, into D")
+    parser.add_argument(
+        "--profile", type=Path, metavar="D", help="cpu, gpu suite: also profile a round of each, into D"
+    )
     parser.add_argument("--busy", action="store_true", help="measure on a busy machine too; the table says so")
     parser.add_argument("--data", type=Path, metavar="F", help="data suite: JSON lines (default: the built-in corpora)")
     parser.add_argument("--tokenizer", default="", metavar="T", help="data suite: default: one trained on the text")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="X times the data: for a quick look")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="X times the data (gpu: the rounds): for a quick look"
+    )
     args = parser.parse_args()
     if not 0 < args.scale <= 100:
         raise UsageError(f"--scale {args.scale:g}: give a factor above 0, up to 100")
-    for option, path in (("json", args.json), ("plot", args.plot)):
-        if path and not path.parent.is_dir():
-            raise UsageError(f"--{option} {path}: there is no folder {path.parent}; make it, or name another file")
-    if args.plot and (args.suite != "cpu" or args.only not in ("", "scaling") or args.plot.suffix not in PICTURES):
-        raise UsageError(f"--plot {args.plot}: it is for --suite cpu with `scaling`; name a file {', '.join(PICTURES)}")
-    if args.profile and args.suite not in ("cpu", "gpu"):
-        raise UsageError(f"--profile {args.profile}: it is for --suite cpu and gpu, whose contestants compute")
+    for flag, suites in SUITES_OF.items():
+        if getattr(args, flag) and args.suite not in suites:
+            raise UsageError(
+                f"--{flag} means nothing to the {args.suite} suite; it is for --suite {' and '.join(suites)}"
+            )
+    if args.plot:
+        check_picture("--plot", args.plot)
+        if args.only not in ("", "scaling"):
+            raise UsageError(f"--plot draws what `scaling` measures; leave out --only {args.only}")
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        if path:
+            check_output(flag, path)
     return args
 
 

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from megabts.config.tool_parser import ToolParser
+from megabts.config.tool_parser import ToolParser, check_output
 from megabts.errors import UsageError, UserError, run_tool
 
 
@@ -35,8 +35,8 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     if args.top < 1:
         raise UsageError(f"--top is {args.top}; it must be at least 1")
-    if args.json and not args.json.parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}; make it, or name another file")
+    if args.json:
+        check_output("--json", args.json)
     unknown = [word for word in overrides if word.startswith("--") and "." not in word]
     if unknown:
         parser.error(f"unrecognized arguments: {unknown[0]}")

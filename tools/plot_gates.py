@@ -7,7 +7,7 @@ is given in parts, which are joined by an empty line; the picture marks where ea
 import argparse
 from pathlib import Path
 
-from megabts.config.tool_parser import ToolParser
+from megabts.config.tool_parser import ToolParser, check_picture
 from megabts.errors import UsageError, UserError, run_tool
 
 
@@ -37,8 +37,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="number format (default: the run's)")
     add("--without", action="append", default=[], metavar="NAME", help="leave out this expert, for this run")
     args = parser.parse_args()
-    if args.out.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--out {args.out} is no picture's name; end it with .png, .svg or .pdf")
+    check_picture("--out", args.out)
     return args
 
 

@@ -5,7 +5,7 @@ python tools/plot_losses.py --run one=runs/a --run "tp 2"=runs/b --out losses.pn
 
 from pathlib import Path
 
-from megabts.config.tool_parser import ToolParser
+from megabts.config.tool_parser import ToolParser, check_picture
 from megabts.errors import UsageError, run_tool
 
 
@@ -18,8 +18,7 @@ def main() -> None:
     runs = dict(named(item) for item in args.run)
     if len(runs) < 2:
         raise UsageError("--run is needed at least twice, with different names; give --run NAME=DIR")
-    if args.out.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--out {args.out} is no picture's name; end it with .png, .svg or .pdf")
+    check_picture("--out", args.out)
 
     from megabts.viz.overlay import draw_overlay, largest_difference, read_losses
 
