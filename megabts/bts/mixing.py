@@ -49,7 +49,8 @@ def gate_dropout(
 ) -> Tensor:
     """Dropout on gate logits [s, b, D / tp]; the mask of sample j depends on seeds[j] alone. None or 0 changes nothing.
 
-    The mask of all D dimensions is drawn and this rank's slice taken, so that it is the same at every degree.
+    The mask of all D dimensions is drawn and this rank's slice taken, so that it is the same at every degree. What is
+    kept is scaled by the inverse of how often that really happens: at least once in LEVELS.
     """
     if seeds is None or probability == 0:
         return logits
@@ -60,14 +61,16 @@ def gate_dropout(
         words[sample].random_(-(1 << 63), None, generator=torch.Generator(logits.device).manual_seed(seed))
     noise = words.view(torch.int16)[:, : s * whole].view(b, s, whole).transpose(0, 1)
     noise = noise[..., tp.rank * width : (tp.rank + 1) * width]
-    out: Tensor = _Dropout.apply(logits, noise, round(probability * LEVELS) - LEVELS // 2, 1 / (1 - probability), fuse)
+    dropped = min(round(probability * LEVELS), LEVELS - 1)
+    out: Tensor = _Dropout.apply(logits, noise, dropped - LEVELS // 2, LEVELS / (LEVELS - dropped), fuse)
     return out
 
 
 def _gates(logits: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Their softmax over members, in fp32 or as they are."""
+    """Their softmax over members, in fp32 at least."""
     if not torch.compiler.is_compiling():
-        return torch.stack(list(logits)).softmax(0).unbind(0)
+        exact_type = torch.promote_types(logits[0].dtype, torch.float32)
+        return torch.stack(list(logits)).softmax(0, dtype=exact_type).unbind(0)
     exact = [logit if logit.dtype == torch.float64 else logit.float() for logit in logits]  # one pass: nothing stacked
     maximum = reduce(torch.maximum, exact)
     exponentials = [(logit - maximum).exp() for logit in exact]
@@ -82,13 +85,16 @@ def _softmax_mix(first: Tensor, logits: Sequence[Tensor], states: Sequence[Tenso
 def _softmax_mix_backward(
     grad: Tensor, logits: Sequence[Tensor], states: Sequence[Tensor], need_logits: bool, need_states: tuple[bool, ...]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of logits and states. Members that were one once are alike: their differences, which the logits'
+    gradients are, would be lost in 16 bits."""
     gates = _gates(logits)
     of_states = [(grad * gate).to(grad.dtype) if need else None for gate, need in zip(gates, need_states, strict=True)]
     if not need_logits:
         return [None] * len(logits), of_states
-    of_gates = [grad * state for state in states]
-    mean = experts_into_hub(of_gates[0], of_gates[1:], gates)
-    return [(gate * (own - mean)).to(grad.dtype) for gate, own in zip(gates, of_gates, strict=True)], of_states
+    mixed = experts_into_hub(states[0], states[1:], gates)
+    pairs = zip(gates, states, strict=True)
+    of_logits = [(state - mixed).mul_(gate).mul_(grad).to(grad.dtype) for gate, state in pairs]
+    return [*of_logits], of_states
 
 
 class _SoftmaxMix(torch.autograd.Function):
