@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from megabts.benchmark.data_text import Text, library_encoders, prepare_text, preprocess_by_document
+from megabts.benchmark.shapes import BATCH, LENGTH, SHAPES
 from megabts.benchmark.suite import Benchmark, Line, Row, Settings
 from megabts.benchmark.timing import Measure, interleaved, measure_of, ratio_of
-from megabts.config.load import load_config
-from megabts.config.run import RunConfig
+from megabts.config.model import ModelConfig
+from megabts.config.run import DataConfig, PrecisionConfig, RunConfig, TrainConfig
 from megabts.data.blend import blend_index
 from megabts.data.index_file import optimal_dtype
 from megabts.data.indexed import IndexedDatasetBuilder
@@ -42,13 +43,6 @@ _NUM_DOCUMENTS = 10_000_000
 _TOKENS_PER_DOCUMENT = 256
 _BLENDED = 8
 _MEGABYTE = 1e6
-
-SMALL_MODEL = (
-    "--model.vocab_size 8192 --model.hidden_size 256 --model.num_layers 8 --model.num_heads 8 --model.num_kv_heads 4 "
-    "--model.ffn_size 704 --precision.dtype bfloat16 --train.micro_batch 8 --train.global_batch 8 "
-    "--data.seq_length 256 --train.steps 1000"
-)
-"""The model and the batch that loading is compared with."""
 
 
 def preprocess(settings: Settings) -> list[Row]:
@@ -154,20 +148,26 @@ def indexing(settings: Settings) -> list[Row]:
     ]
 
 
-def loader(settings: Settings, model: str = SMALL_MODEL) -> list[Row]:
+def loader(settings: Settings, model: ModelConfig = SHAPES["S"], batch: int = BATCH, length: int = LENGTH) -> list[Row]:
     """A step's batch, read while nothing else runs; in training it is read during the step before."""
     with tempfile.TemporaryDirectory(prefix="megabts-benchmark-") as folder:
-        config = load_config([*model.split(), "--data.train", f"{{{_random_dataset(folder)}: 1}}"])
+        config = RunConfig(
+            model=model,
+            data=DataConfig(train={_random_dataset(folder, model.vocab_size): 1}, seq_length=length),
+            train=TrainConfig(steps=1000, micro_batch=batch, global_batch=batch),
+            precision=PrecisionConfig(dtype="bfloat16"),
+        )
         return _loader_rows(config, settings)
 
 
-def _random_dataset(folder: str) -> str:
+def _random_dataset(folder: str, vocab_size: int) -> str:
     """Documents of random tokens and lengths, enough for the steps that are run. Returns the prefix."""
     rng = np.random.default_rng(0)
     prefix = os.path.join(folder, "random")
     lengths = rng.integers(1, 2 * _TOKENS_PER_DOCUMENT, 20_000)
-    tokens = rng.integers(0, 8192, lengths.sum(), dtype=np.uint16)
-    with IndexedDatasetBuilder(prefix, optimal_dtype(8192)) as builder:
+    dtype = optimal_dtype(vocab_size)
+    tokens = rng.integers(0, vocab_size, lengths.sum(), dtype=dtype.type)
+    with IndexedDatasetBuilder(prefix, dtype) as builder:
         builder.add_documents(tokens, lengths, np.ones_like(lengths))
         builder.finalize()
     return prefix

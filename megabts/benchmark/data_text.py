@@ -15,10 +15,10 @@ from megabts.benchmark.suite import Settings
 from megabts.corpora.write import build_corpora
 from megabts.data.index_file import optimal_dtype
 from megabts.data.indexed import IndexedDatasetBuilder
-from megabts.data.ordered_map import available_cores
 from megabts.data.readers import find_inputs, read_lines
 from megabts.data.sampling import sample_texts
 from megabts.errors import UserError
+from megabts.runtime.device import num_cores
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.hugging_face import HuggingFaceTokenizer
 from megabts.tokenizers.protocol import Tokenizer
@@ -51,17 +51,18 @@ class Text:
 
 def prepare_text(settings: Settings, folder: Path) -> Text:
     """Write the text to `folder`, and the tokenizer if one has to be trained. Raises UserError."""
+    given = build_tokenizer(settings.tokenizer) if settings.tokenizer else None
     size = round(TEXT_BYTES * settings.scale)
     path = folder / "text.jsonl"
     sources = [str(settings.data)] if settings.data else _built_in(folder, size, settings.progress)
     num_bytes = _copy(sources, path, size)
     texts = list(sample_texts([str(path)]))
-    if settings.tokenizer:
-        return Text(path, num_bytes, texts, build_tokenizer(settings.tokenizer), settings.tokenizer)
+    if given:
+        return Text(path, num_bytes, texts, given, settings.tokenizer)
     settings.progress(f"training a tokenizer of {_VOCAB_SIZE} ids")
     spec = str(folder / "tokenizer")
     sample = sample_texts([str(path)], _TRAIN_BYTES)
-    tokenizer = train_tokenizer(sample, _VOCAB_SIZE, spec, num_threads=available_cores())
+    tokenizer = train_tokenizer(sample, _VOCAB_SIZE, spec, num_threads=num_cores())
     return Text(path, num_bytes, texts, tokenizer, spec)
 
 
@@ -88,12 +89,11 @@ def _copy(sources: list[str], path: Path, size: int) -> int:
 
 def library_encoders(tokenizer: Tokenizer) -> tuple[Encode, EncodeAll]:
     """The library's own functions: ids of one text, and of many with all cores."""
-    cores = available_cores()
     if isinstance(tokenizer, SentencePieceTokenizer):
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.definition)
-        return processor.encode, lambda texts: processor.encode(texts, num_threads=cores)
+        return processor.encode, lambda texts: processor.encode(texts, num_threads=num_cores())
     if isinstance(tokenizer, HuggingFaceTokenizer):
         import tokenizers
 

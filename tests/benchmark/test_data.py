@@ -8,6 +8,7 @@ import pytest
 from megabts.benchmark import data
 from megabts.benchmark.data_text import library_encoders, prepare_text, preprocess_by_document
 from megabts.benchmark.suite import Settings
+from megabts.config.model import ModelConfig
 from megabts.data.preprocess import PreprocessOptions, preprocess
 from megabts.errors import UserError
 from megabts.runtime.device import num_cores
@@ -18,11 +19,7 @@ from tests.tools import RunTool
 TEXTS = [
     f"The {n}th document: words, numbers 1{n}7 and (some) signs.\n\n  Indented {'no ' * n}more." for n in range(300)
 ]
-TINY_MODEL = (
-    "--model.vocab_size 8192 --model.hidden_size 16 --model.num_layers 1 --model.num_heads 2 --model.num_kv_heads 1 "
-    "--model.ffn_size 16 --precision.dtype float32 --train.micro_batch 2 --train.global_batch 4 "
-    "--data.seq_length 16 --train.steps 100"
-)
+TINY_MODEL = ModelConfig(vocab_size=8192, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=16)
 
 
 @pytest.fixture
@@ -92,7 +89,7 @@ def test_a_gigabyte_is_compared_by_its_rate() -> None:
 
 
 def test_loading_is_compared_with_a_step() -> None:
-    (row,) = data.loader(Settings(scale=0.1), TINY_MODEL)
+    (row,) = data.loader(Settings(scale=0.1), TINY_MODEL, batch=4, length=16)
     assert row.name == "loader_share_of_step"
     assert row.ours
     assert row.yardstick
