@@ -57,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     add("--parallel.tensor", dest="tensor", type=int, default=1, metavar="N", help="ranks (default: 1)")
     add("--parallel.expert", dest="expert", type=int, default=1, metavar="N", help="ranks (default: 1)")
     add("--parallel.timeout", dest="timeout", type=int, default=300, metavar="N", help="seconds without progress")
+    add("--no-cuda-graphs", action="store_true", help="launch a GPU's kernels one by one (slow for small models)")
     add("--no-cache", action="store_true", help="recompute everything for every token (slow)")
     return parser.parse_args()
 
@@ -113,7 +114,8 @@ def run(args: argparse.Namespace, texts: list[str], place: "Place", progress: "P
     if args.no_cache:
         rows = complete_uncached(model, asked, on_event, tokenizer=tokenizer)
     else:
-        rows = complete(model, asked, on_event, tokenizer=tokenizer, mesh=mesh, progress=progress)
+        graphs = not args.no_cuda_graphs
+        rows = complete(model, asked, on_event, tokenizer=tokenizer, mesh=mesh, progress=progress, cuda_graphs=graphs)
     seconds = time.perf_counter() - start
     if len(prompts) > 1:
         print_batch(rows, tokenizer)

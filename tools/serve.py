@@ -35,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     add("--special-tokens", action="store_true", help="let a tokenizer.json's template add its tokens to prompts")
     add("--dtype", choices=["float32", "bfloat16"], help="number format (default: the run's)")
     add("--without", action="append", default=[], metavar="NAME", help="leave out this expert, for all requests")
+    add("--no-cuda-graphs", action="store_true", help="launch a GPU's kernels one by one (slow for small models)")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-rows", type=int, default=16, metavar="N", help="completions at one time (default: 16)")
     limits.add_argument("--max-tokens", type=int, metavar="N", help="tokens in the caches (default: up to 2048 a row)")
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace, key: str) -> None:
         queue=args.queue,
         max_prompt_tokens=args.max_prompt_tokens,
         max_new_tokens=args.max_new_tokens,
+        cuda_graphs=not args.no_cuda_graphs,
     )
     with watched(place.meeting, place.parallel.timeout) as progress:
         if listener is None:

@@ -87,9 +87,9 @@ def engine_round(stitched: bool, shape: str, dtype: str, batch: int, new: int) -
     return decoding_round(make_bts(shape, backend) if stitched else make_dense(shape, backend), batch, PROMPT, new)
 
 
-def decoding_round(model: Model, batch: int, prompt: int, new: int) -> Round:
+def decoding_round(model: Model, batch: int, prompt: int, new: int, *, cuda_graphs: bool = True) -> Round:
     """`new` tokens for each of `batch` random prompts; a round returns the seconds of all steps after the prompts'."""
-    engine = Engine(model, batch, batch * (prompt + new), prefill_tokens=batch * prompt)
+    engine = Engine(model, batch, batch * (prompt + new), prefill_tokens=batch * prompt, cuda_graphs=cuda_graphs)
     requests = [
         Request(tokens, GenerationSettings(new)) for tokens in prompts(model.config.vocab_size, batch, prompt).tolist()
     ]

@@ -149,14 +149,17 @@ def _mfu(work: Work, name: str, took: Timed, card: Gpu, *, causal: bool = True) 
 
 
 def decode(settings: Settings, model: ModelConfig, device: torch.device = GPU) -> list[Row]:
-    """Greedy decoding of the stitched model with torch's layers."""
+    """Greedy decoding of the stitched model with torch's layers, its steps recorded as CUDA graphs, and not."""
     card, new, rounds = card_of(device), max(3, round(NEW * settings.scale)), max(2, round(ROUNDS * settings.scale))
     rows = []
     for batch in BATCHES:
-        make = partial(make_decoding_round, model, PRECISIONS[TORCH], device, PROMPT, new)
-        place = f"decode_bts.batch_{batch}"
-        took = measured(place, make, rounds, device, settings, sizes=(batch,))
-        rows += decode_rows(place, read_bytes(model), batch, new, took, card)
+        place, timed = f"decode_bts.batch_{batch}", list[Timed]()
+        for name, graphs in ((place, True), (f"{place}_eager", False)):
+            make = partial(make_decoding_round, model, PRECISIONS[TORCH], device, PROMPT, new, graphs)
+            timed.append(measured(name, make, rounds, device, settings, sizes=(batch,)))
+            rows += decode_rows(name, read_bytes(model), batch, new, timed[-1], card)
+        recorded, eager = (took.seconds for took in timed)
+        rows.append(Row(f"{place}_graphs_vs_eager", ratio_of(eager, recorded), note="CUDA graphs against launches"))
     return rows
 
 

@@ -162,13 +162,19 @@ def plain_loss(model: BTSModel, tokens: Tensor, labels: Tensor, seeds: range) ->
 
 
 def make_decoding_round(
-    config: ModelConfig, precision: PrecisionConfig, device: torch.device, prompt: int, new: int, batch: int
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    device: torch.device,
+    prompt: int,
+    new: int,
+    cuda_graphs: bool,
+    batch: int,
 ) -> Round:
     """The stitched model generates `new` tokens for each of `batch` prompts; a round returns all steps' seconds but
     the first's, which reads the prompts."""
     backend = make_backend(RunConfig(precision=precision), ParallelMesh(), DTYPES[precision.dtype], device)
     model = make_model(config, True, backend)
-    return decoding_round(model, batch, prompt, new)
+    return decoding_round(model, batch, prompt, new, cuda_graphs=cuda_graphs)
 
 
 def make_batches(work: Work, micro_batch: int) -> list[Batch]:

@@ -65,8 +65,10 @@ def complete(
     tokenizer: Tokenizer | None = None,
     mesh: ParallelMesh | None = None,
     progress: Progress | None = None,
+    cuda_graphs: bool = True,
 ) -> list[Completion]:
-    """The completions of requests, all begun at once as far as MAX_ROWS allows. `tokenizer`: for their texts.
+    """The completions of requests, all begun at once as far as MAX_ROWS allows. `tokenizer`: for their texts;
+    `cuda_graphs`: see `Decoding`.
 
     Every rank of `mesh` makes the same call; the first has the result and the events, on others the result is empty.
     An exception from `on_event` ends the generation. Raises UserError when a prompt is empty, too long together with
@@ -81,8 +83,16 @@ def complete(
         if mesh is not None and mesh.rank > 0:
             follow(model, max_tokens, mesh, progress)
             return []
-        options = {"tokenizer": tokenizer, "mesh": mesh, "progress": progress, "prefill_tokens": max_tokens}
-        with Engine(model, MAX_ROWS, max_tokens, **options) as engine:  # type: ignore[arg-type]
+        with Engine(
+            model,
+            MAX_ROWS,
+            max_tokens,
+            tokenizer=tokenizer,
+            mesh=mesh,
+            prefill_tokens=max_tokens,
+            progress=progress,
+            cuda_graphs=cuda_graphs,
+        ) as engine:
             rows = [engine.submit(request) for request in asked]
             while engine.busy:
                 for event in engine.step():

@@ -40,6 +40,7 @@ def load_served(
     queue: int = 64,
     max_prompt_tokens: int | None = None,
     max_new_tokens: int | None = None,
+    cuda_graphs: bool = True,
 ) -> tuple[Served, ParallelMesh]:
     """This rank's part of the model, ready to serve, and the mesh it is served on. Raises UserError, UsageError."""
     dtype = DTYPES[source.dtype] if source.dtype else None
@@ -65,6 +66,7 @@ def load_served(
         build_tokenizer(spec, include_special_tokens=True) if source.special_tokens else tokenizer,
         limits,
         alone=mesh.world_size == 1,
+        cuda_graphs=cuda_graphs,
     ), mesh
 
 

@@ -43,6 +43,8 @@ class Served:
     limits: Limits
     alone: bool = True
     """Whether one rank holds the whole model."""
+    cuda_graphs: bool = True
+    """Whether decode steps are recorded, on a GPU."""
 
     @property
     def model_config(self) -> ModelConfig:

@@ -117,7 +117,13 @@ class Worker:
         self._messages: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         limits = served.limits
         whole = Engine(
-            served.model, limits.max_rows, limits.max_tokens, tokenizer=served.tokenizer, mesh=mesh, progress=progress
+            served.model,
+            limits.max_rows,
+            limits.max_tokens,
+            tokenizer=served.tokenizer,
+            mesh=mesh,
+            progress=progress,
+            cuda_graphs=served.cuda_graphs,
         )
         self._batches: dict[frozenset[str], _Batch] = {frozenset(): _Batch(whole)}
         self._stopping = False
@@ -213,7 +219,13 @@ class Worker:
             assert isinstance(served.model, BTSModel)
             model = without_experts(served.model, sorted(without))
             try:
-                engine = Engine(model, served.limits.max_rows, served.room(True), tokenizer=served.tokenizer)
+                engine = Engine(
+                    model,
+                    served.limits.max_rows,
+                    served.room(True),
+                    tokenizer=served.tokenizer,
+                    cuda_graphs=served.cuda_graphs,
+                )
             except torch.OutOfMemoryError:
                 raise ApiError(503, "there is no memory for caches without these experts", "without") from None
             self._batches[without] = _Batch(engine)

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 from megabts.bts.model import BTSModel
 from megabts.config.methods import BTSConfig
 from megabts.config.model import ModelConfig
+from megabts.inference import decoding as decoding_module
 from megabts.inference import kv_cache
 from megabts.inference.decoding import Admission, Decoding, Step
 from megabts.inference.engine import Engine
+from megabts.inference.generate import complete, requests
 from megabts.inference.one_token import OneToken
 from megabts.inference.rows import Completion, Request
 from megabts.inference.settings import GenerationSettings
@@ -171,6 +173,15 @@ def test_caches_are_free_as_soon_as_nobody_has_the_decoding(recorder: Recorder) 
     gc.enable()
     assert recorder.replayed == 3
     assert freed
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_they_can_be_switched_off(wanted: bool, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_module, "recorder", lambda device: recorder)
+    asked = requests([[1, 2], [3]], GenerationSettings(12))
+    rows = complete(dense(), asked, cuda_graphs=wanted)
+    assert [len(row.tokens) for row in rows] == [12, 12]
+    assert (recorder.replayed > 5) is wanted
 
 
 def test_cpu_does_not_record() -> None:

@@ -216,3 +216,13 @@ def test_the_plain_template() -> None:
     template = ChatTemplate(BytesTokenizer())
     assert template.render(MESSAGES) == "User: Hi\n\nAssistant: Yes?\n\nAssistant:"
     assert template.stops == ("\n\nUser:",)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_cuda_graphs_can_be_switched_off(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megabts.inference.decoding.recorder", lambda device: lambda work: work)
+    tokenizer = build_tokenizer("null:61")
+    served = Served(dense(), "dense", "tiny", tokenizer, tokenizer, Limits(4, 160, 4, 40, 40), cuda_graphs=wanted)
+    worker = Worker(served, Metrics(), lambda updates: None, lambda: None)
+    (batch,) = worker._batches.values()
+    assert (batch.engine._decoding._graphs is not None) is wanted
