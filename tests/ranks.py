@@ -2,7 +2,8 @@
 
 `run_ranks(4, work, *args)` calls `work(rank, *args)` in four processes and returns their four results. `work` must be a
 function at the top of a module; starting ranks costs a second or two, so one `work` does well to answer many cases.
-Processes are forked from a server that has only imported torch, which is fast and free of the test run's threads.
+Processes are forked from a server that has only imported what they need, which is fast and free of the test run's
+threads.
 """
 
 import multiprocessing
@@ -18,7 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import megabts
 from megabts.runtime.device import num_cores
+
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest", "megabts.train.trainer"]
+"""Imported once, for all ranks: the first optimizer alone imports `torch._dynamo`, for seconds."""
 
 
 class RankError(AssertionError):
@@ -31,7 +36,7 @@ def run_ranks(num_ranks: int, work: Callable[..., Any], *args: Any, timeout: flo
     Raises RankError for the first rank that raises or dies, or when `timeout` seconds are over; all ranks are ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+    context.set_forkserver_preload(PRELOADED)
     with TemporaryDirectory() as folder:
         ours, processes = {}, []
         for rank in range(num_ranks):
@@ -61,6 +66,7 @@ def _run_rank(
 ) -> None:
     torch.set_num_threads(max(1, num_cores() // num_ranks))
     try:
+        assert Path(megabts.__file__).parents[1] == Path(__file__).parents[1], "ranks import another copy of megabts"
         dist.init_process_group(
             "gloo", f"file://{meet}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout)
         )
