@@ -89,7 +89,7 @@ def recorder(device: torch.device) -> Record | None:
             work()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others' threads may go on
             out = work()
 
         def replay() -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabts.config.model import ModelConfig
-from megabts.inference.kv_cache import Decode, KVCache, Prefill, Stretches, cache_bytes
+from megabts.inference.kv_cache import WIDTHS, Decode, KVCache, Prefill, Stretches, bucket, cache_bytes
 
 CONFIG = ModelConfig(num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=32)
 CPU = torch.device("cpu")
@@ -51,6 +51,28 @@ def test_a_view_does_not_copy_and_ends_with_the_buffer() -> None:
     key, _ = Decode.of([2, 14], [8, 3], 20, CPU).store(stored, new, new)  # 14 + 8 columns would end beyond it
     assert key.shape == (8, 2, 2, 8)
     assert key.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    "starts, room, expected",
+    [
+        ([0], 2000, (512, 1, 0)),
+        ([7], 507, (500, 1, 7)),  # where so many tokens are not there
+        ([7, 1000, 1993], 3000, (512, 993, 7)),
+        ([7, 600], 920, (512, None, 0)),  # the first has more tokens than the last has room for: no view
+        ([7, 1000, 1994], 3000, (512, None, 0)),
+        ([1000, 7], 3000, (512, None, 0)),
+    ],
+)
+def test_numbers_stay_the_same_for_many_steps(
+    starts: list[int], room: int, expected: tuple[int, int | None, int]
+) -> None:
+    """A row of 300 to 500 tokens beside shorter ones; they are those of a view exactly where rows can be viewed."""
+    others = [9] * (len(starts) - 1)
+    found = {bucket(starts, [length, *others], room) for length in (330, 400, 500)}
+    assert found == {expected}
+    assert (Decode.of(starts, [330, *others], room, CPU).index is None) == (expected[1] is not None)
+    assert bucket(starts[:1], [WIDTHS], 3000)[0] == WIDTHS
 
 
 def test_size_is_known_beforehand() -> None:
