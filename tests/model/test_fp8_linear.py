@@ -131,8 +131,17 @@ def test_products_are_off_by_their_rounding(device: str, quick: None) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_views_of_other_tensors_are_multiplied_as_they_read(device: str) -> None:
-    """Rows that lie apart, columns before rows, a gradient that is one number all over."""
+def test_views_of_other_tensors_are_multiplied_as_they_read(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lie apart, columns before rows, a gradient that is one number all over: Hopper's product gets rows by
+    columns of them."""
+    multiply = torch._scaled_mm
+
+    def spy(x: Tensor, matrix: Tensor, **settings: Any) -> Tensor:
+        assert x.is_contiguous()
+        assert matrix.t().is_contiguous()
+        return multiply(x, matrix, **settings)
+
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
     module = linear(draw(32, 64, seed=1).to(device))
     wide, turned = draw(16, 2, 80).to(device), draw(64, 2, 16).permute(2, 1, 0).to(device)
     for x in (wide[..., :64], turned, turned.transpose(0, 1)):
