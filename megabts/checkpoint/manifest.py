@@ -63,18 +63,18 @@ class Manifest:
 
 def write_manifest(
     folder: Path,
-    place: Path,
+    home: Path,
     files: Mapping[str, FileRecord],
     state: Mapping[str, Any],
     members: Sequence[MemberRecord],
     tensors: Tables,
 ) -> None:
-    """Write `folder/manifest.json` for a checkpoint that is going to live at `place`. See `Manifest` for the rest."""
+    """Write `folder/manifest.json` for a checkpoint that is going to live at `home`. See `Manifest` for the rest."""
     content = {
         "format": FORMAT if tensors else 1,
         "megabts": megabts.__version__,
         "state": dict(state),
-        "members": [{**asdict(member), "path": stored_path(Path(member.path), place)} for member in members],
+        "members": [{**asdict(member), "path": stored_path(Path(member.path), home)} for member in members],
         "files": {name: asdict(record) for name, record in files.items()},
     }
     if tensors:
@@ -83,7 +83,7 @@ def write_manifest(
         content = json.loads(json.dumps(content))
     except TypeError as error:
         raise CheckpointError(
-            f"state of checkpoint {place} is not plain JSON data: {error}; save numbers and text"
+            f"state of checkpoint {home} is not plain JSON data: {error}; save numbers and text"
         ) from error
     write_file(folder / MANIFEST, [_render({**content, OWN_HASH: _own_hash(content)}).encode()])
 
@@ -177,15 +177,15 @@ def check_member(record: MemberRecord, checkpoint_folder: Path) -> Path:
     return path
 
 
-def stored_path(member: Path, place: Path) -> str:
-    """How a member's path is written into the manifest of the checkpoint at `place` (RUNS/RUN/STEP).
+def stored_path(member: Path, home: Path) -> str:
+    """How a member's path is written into the manifest of the checkpoint at `home` (RUNS/RUN/STEP).
 
     Members below RUNS are written relative to the checkpoint, so that RUNS can move as a whole; others absolute.
     """
-    member, place = member.resolve(), place.resolve()
-    tree = place.parent.parent
+    member, home = member.resolve(), home.resolve()
+    tree = home.parent.parent
     if tree != Path(tree.anchor) and member.is_relative_to(tree):
-        return os.path.relpath(member, place)
+        return os.path.relpath(member, home)
     return str(member)
 
 

@@ -50,8 +50,8 @@ def spread_positions(config: ModelConfig) -> Tensor:
 @torch.no_grad()
 def model_logits(model: Model, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
     """Logits [b, s, V] of a megabts model on one rank, fp32; `positions` [s] of the tokens, None: 0, 1, ..."""
-    places = torch.arange(tokens.shape[1]) if positions is None else positions
-    context = make_context(model.config, places, model.dtype, tokens=tokens)
+    positions = torch.arange(tokens.shape[1]) if positions is None else positions
+    context = make_context(model.config, positions, model.dtype, tokens=tokens)
     hidden = model.run_layers(0, model.config.num_layers, model.embed(tokens), context)
     return model.logits(hidden, context).float()
 
@@ -84,8 +84,8 @@ def transformers_logits(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        with TemporaryDirectory() as place:  # older versions import the code as a module of the folder's name
-            plain = Path(place, "exported")
+        with TemporaryDirectory() as temporary:  # older versions import the code as a module of the folder's name
+            plain = Path(temporary, "exported")
             plain.symlink_to(folder.resolve(), target_is_directory=True)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 plain, trust_remote_code=remote_code, local_files_only=True, output_loading_info=True
@@ -134,9 +134,9 @@ def check_models(
 
     `dtype`: the checkpoint's weights are rounded to that first; `remote_code`: run the Python files in `hf_dir`.
     """
-    tokens, places = fixed_tokens(model), spread_positions(model)
-    ours = checkpoint_logits(checkpoint, tokens, dtype, places)
-    theirs = transformers_logits(hf_dir, tokens, remote_code=remote_code, positions=places)
+    tokens, positions = fixed_tokens(model), spread_positions(model)
+    ours = checkpoint_logits(checkpoint, tokens, dtype, positions)
+    theirs = transformers_logits(hf_dir, tokens, remote_code=remote_code, positions=positions)
     check_logits(ours, theirs, where, options.say)
 
 

@@ -58,15 +58,15 @@ def mixed_windows(
             raise UserError(f"{domains[name].prefix} has no document of {SEGMENT[1]} tokens to mix windows from")
     tokens, owners = np.zeros((2, count, length + 1), dtype=np.int64)
     for row in range(count):
-        place, domain = 0, -1
-        while place < length + 1:
+        position, domain = 0, -1
+        while position < length + 1:
             others = [number for number in range(len(names)) if number != domain]
             domain = others[rng.randint(len(others))]
-            size = min(rng.randint(SEGMENT[0], SEGMENT[1] + 1), length + 1 - place)
+            size = min(rng.randint(SEGMENT[0], SEGMENT[1] + 1), length + 1 - position)
             document = long_enough[domain][rng.randint(len(long_enough[domain]))]
-            tokens[row, place : place + size] = domains[names[domain]].get(int(document), 0, size)
-            owners[row, place : place + size] = domain
-            place += size
+            tokens[row, position : position + size] = domains[names[domain]].get(int(document), 0, size)
+            owners[row, position : position + size] = domain
+            position += size
     return tokens, owners
 
 

@@ -80,10 +80,10 @@ def _pack(step: Step) -> list[int]:
 
 def _unpack(numbers: list[int]) -> Step:
     kept, gates = numbers[:2]
-    place, admitted = 2 + 2 * kept, []
-    while place < len(numbers):
-        start, eod_id, length = numbers[place : place + 3]
-        prompt = numbers[place + 3 : place + 3 + length]
+    position, admitted = 2 + 2 * kept, []
+    while position < len(numbers):
+        start, eod_id, length = numbers[position : position + 3]
+        prompt = numbers[position + 3 : position + 3 + length]
         admitted.append(Admission(start, prompt, None if eod_id < 0 else eod_id))
-        place += 3 + length
+        position += 3 + length
     return Step(numbers[2 : 2 + kept], numbers[2 + kept : 2 + 2 * kept], admitted, bool(gates))

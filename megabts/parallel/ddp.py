@@ -227,7 +227,7 @@ class GradientBuffer:
             return
         whole = self.flat.new_zeros(sum(piece.whole for piece in self._partial))
         parts = whole.split([piece.whole for piece in self._partial])
-        mine = [part[piece.place :][: len(piece.grad)] for part, piece in zip(parts, self._partial, strict=True)]
+        mine = [part[piece.start :][: len(piece.grad)] for part, piece in zip(parts, self._partial, strict=True)]
         torch._foreach_copy_(mine, [piece.grad for piece in self._partial])
         all_reduce(whole, self.mesh.tp)
         torch._foreach_copy_([piece.grad for piece in self._partial], mine)
@@ -260,8 +260,8 @@ class _Piece:
 
     grad: Tensor
     """This rank's elements, flat."""
-    place: int
-    """Where they lie in the whole."""
+    start: int
+    """Where they begin in the whole."""
     whole: int
     """Elements of the whole, of which every rank holds some."""
 

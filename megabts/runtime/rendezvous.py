@@ -31,7 +31,7 @@ class Identity:
     world_size: int
     host: str
     pid: int
-    place: str
+    pid_space: str
     """Equal for processes that can signal each other: host and process-id namespace."""
     started: str
     """Start time of the process, in the clock ticks of /proc; with `pid` it is one process for good."""
@@ -41,10 +41,10 @@ class Identity:
         """This process as a rank."""
         host, pid = socket.gethostname(), os.getpid()
         try:
-            place = f"{host} {os.stat('/proc/self/ns/pid').st_ino}"
+            pid_space = f"{host} {os.stat('/proc/self/ns/pid').st_ino}"
         except OSError:
-            place = host
-        return cls(launch.rank, launch.world_size, host, pid, place, process_stat(pid)[1])
+            pid_space = host
+        return cls(launch.rank, launch.world_size, host, pid, pid_space, process_stat(pid)[1])
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"

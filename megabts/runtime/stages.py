@@ -69,8 +69,8 @@ class _Running:
     stage: Stage
     process: subprocess.Popen[bytes]
     started: float
-    place: int
-    """Of the workers', its own while it runs."""
+    slot: int
+    """Its number among those that run, no other's meanwhile."""
 
 
 def run_stages(stages: Sequence[Stage], *, workers: int, threads: int, gpus: Sequence[str] = ()) -> dict[str, float]:
@@ -98,11 +98,11 @@ def run_stages(stages: Sequence[Stage], *, workers: int, threads: int, gpus: Seq
             while len(seconds) < len(stages):
                 for stage in _startable(stages, seconds, running, workers):
                     _clear(stage, origins[stage.name])
-                    place = min(set(range(workers)) - {item.place for item in running})
+                    slot = min(set(range(workers)) - {item.slot for item in running})
                     settings = {"OMP_NUM_THREADS": str(threads if stage.exclusive else max(1, threads // workers))}
                     if gpus:
-                        settings["CUDA_VISIBLE_DEVICES"] = gpus[place]
-                    running.append(_start(stage, place, settings))
+                        settings["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+                    running.append(_start(stage, slot, settings))
                     display.started(stage.name, stage.title, stage.metrics, stage.total_steps)
                 for item in [item for item in running if item.process.poll() is not None]:
                     seconds[item.stage.name] = _finish(item, origins[item.stage.name])
@@ -190,7 +190,7 @@ def _clear(stage: Stage, origin: str) -> None:
     begun.write_text(origin)
 
 
-def _start(stage: Stage, place: int, settings: dict[str, str]) -> _Running:
+def _start(stage: Stage, slot: int, settings: dict[str, str]) -> _Running:
     """Start the command, with `settings` in its environment."""
     stage.log.parent.mkdir(parents=True, exist_ok=True)
     # A waiting OpenMP thread spins briefly, then lets go of its core. Spinning longer beside a busy neighbour makes
@@ -208,7 +208,7 @@ def _start(stage: Stage, place: int, settings: dict[str, str]) -> _Running:
             )
     except OSError as error:
         raise UserError(f"stage {stage.title} failed: cannot start {stage.command[0]}: {error.strerror}") from None
-    return _Running(stage, process, time.monotonic(), place)
+    return _Running(stage, process, time.monotonic(), slot)
 
 
 def _finish(item: _Running, origin: str) -> float:

@@ -231,15 +231,15 @@ def _speaker(verdict: Verdict, meeting: Meeting) -> int:
     """Who tells of it: the rank itself, else a neighbour that can signal it, else any."""
     if not verdict.silent:
         return verdict.rank
-    place = meeting.ranks[verdict.rank].place
-    near = [rank for rank in verdict.alive if meeting.ranks[rank].place == place]
+    space = meeting.ranks[verdict.rank].pid_space
+    near = [rank for rank in verdict.alive if meeting.ranks[rank].pid_space == space]
     return min(near or verdict.alive)
 
 
 def _tell(verdict: Verdict, beat: Beat | None, meeting: Meeting) -> None:
     """The line on a rank that hangs, and its stack; one that does not answer is killed, if it is on this host."""
     culprit = meeting.ranks[verdict.rank]
-    own, near = culprit == meeting.me, culprit.place == meeting.me.place
+    own, near = culprit == meeting.me, culprit.pid_space == meeting.me.pid_space
     state, started = process_stat(culprit.pid)
     same = near and started == culprit.started
     seen = "" if own else "last seen at "

@@ -19,8 +19,6 @@ from megabts.runtime.progress import Progress, Sampler, is_waiting, where
 from megabts.runtime.rendezvous import Identity, meet
 from megabts.runtime.verdict import PATIENCE, Beat, StragglerWatch, find_hang
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).resolve().parents[2]
 WAITS = Beat(9, 17, 2, "the gradient sum", True, "a.py:1 f", 12.0, 0.0, 0.0, True, "")
 WORKS = dataclasses.replace(WAITS, moves=1, phase="forward", waiting=False)
@@ -128,6 +126,7 @@ def test_only_ranks_of_one_role_are_compared() -> None:
     assert simulate(StragglerWatch(), compute, ["hub", "expert", "expert", "expert"])[0][1] == 3
 
 
+@pytest.mark.alone
 def test_a_sampler_tells_work_from_waiting() -> None:
     """A call of a C `wait` leaves no frame: it is known by the line it stands in."""
     progress = Progress()
@@ -257,4 +256,4 @@ def test_an_environment_that_cannot_be(
 def test_one_rank_meets_nobody() -> None:
     assert meet(Launch(), 1) is None
     assert not dist.is_initialized()
-    assert Identity.of_this_process(Launch()).place
+    assert Identity.of_this_process(Launch()).pid_space
