@@ -29,6 +29,7 @@ from tests.inference.models import MODELS, SIZES, build, dense, stitched
 from tests.inference.tape import Recorder
 
 EOD = 9
+MIXTURES = ("bts-mixture", "bts-evidence")
 
 
 @pytest.fixture
@@ -74,9 +75,14 @@ def logits_of(model: Any, script: Script, recorder: graphs.Record | None, eod_id
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "mixture" not in name and "evidence" not in name])
+def some(name: str) -> Any:
+    """A model of MODELS, or one whose stitches run as in training."""
+    return stitched(None, num_stitch_layers=3, projection_rank=3) if name == "bts-low-rank" else build(name)
+
+
+@pytest.mark.parametrize("name", [*(name for name in MODELS if name not in MIXTURES), "bts-low-rank"])
 def test_logits_are_those_of_steps_that_run(name: str, recorder: Recorder) -> None:
-    model = build(name)
+    model = some(name)
     found, expected = (logits_of(model, ROWS_COME_AND_GO, way) for way in (recorder, None))
     for ours, oracle in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=2e-5)
@@ -128,8 +134,7 @@ def test_an_engine_chooses_the_same_tokens(name: str, recorder: Recorder) -> Non
     found, expected = (tokens_of(Engine(model, 3, 70), way) for way in (recorder, None))
     assert found == expected
     assert len(set(map(tuple, found))) == len(found)
-    mixes = name in ("bts-mixture", "bts-evidence")
-    assert (recorder.replayed > 8) is not mixes  # which remember more than caches, and run
+    assert (recorder.replayed > 8) is (name not in MIXTURES)  # which remember more than caches, and run
 
 
 def test_gates_that_are_looked_at_are_not_recorded(recorder: Recorder) -> None:
@@ -152,10 +157,7 @@ def test_gates_that_are_looked_at_are_not_recorded(recorder: Recorder) -> None:
 def test_which_models_are_recorded() -> None:
     recordable = {name: one.recordable for name in MODELS if (one := OneToken.of(build(name))) is not None}
     assert len(recordable) == len(MODELS)
-    assert {name for name, can in recordable.items() if not can} == {"bts-mixture", "bts-evidence"}
-    ranked = OneToken.of(stitched(None, num_stitch_layers=3, projection_rank=3))
-    assert ranked is not None
-    assert not ranked.recordable
+    assert {name for name, can in recordable.items() if not can} == set(MIXTURES)
 
 
 def test_caches_are_free_as_soon_as_nobody_has_the_decoding(recorder: Recorder) -> None:
@@ -214,12 +216,12 @@ class Devices(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("numbers", [(256, None, 0), (40, 30, 0)], ids=["gathered", "viewed"])
-@pytest.mark.parametrize("stitched", [False, True])
-def test_nothing_is_copied_from_the_cpu(stitched: bool, numbers: tuple[int, int | None, int]) -> None:
+@pytest.mark.parametrize("kind", ["dense", "full", "low-rank"])
+def test_nothing_is_copied_from_the_cpu(kind: str, numbers: tuple[int, int | None, int]) -> None:
     """With another device in the GPU's place, one without values: what would read one fails there."""
     backend, config = TorchBackend(torch.bfloat16, "meta", ParallelMesh().tp), ModelConfig(**SIZES)
-    bts = BTSConfig("hub", {"code": "code", "math": "math"}, num_stitch_layers=2)
-    model = BTSModel(config, bts, backend) if stitched else Decoder(config, backend)
+    bts = BTSConfig("hub", {"code": "code"}, num_stitch_layers=2, projection_rank=3 if kind == "low-rank" else 0)
+    model = Decoder(config, backend) if kind == "dense" else BTSModel(config, bts, backend)
     with torch.inference_mode():
         decoding = Decoding(model, 70)
         members = list(model.members.values()) if isinstance(model, BTSModel) else [model]
