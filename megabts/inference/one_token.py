@@ -68,7 +68,7 @@ class OneToken:
         """Whether a step is operators on tensors that stay where they are, and no more: nobody looks at gates, nothing
         is remembered of the texts beside the caches."""
         model = self.model
-        return not isinstance(model, BTSModel) or not (model.observed or model.mixes or None in self.stitches)
+        return not isinstance(model, BTSModel) or not (model.observed or model.mixes)
 
     def run_layers(self, hidden: Tensor, context: Context, cache: KVCache) -> Tensor:
         """All layers, and the stitches between them, on what `Model.embed` gave; `cache`: of all members together."""
