@@ -34,7 +34,7 @@ from megabts.parallel.balance import Costs, check_cuts, fastest_cuts
 from megabts.parallel.layout import num_microbatches
 from megabts.parallel.mesh import ParallelMesh
 from megabts.parallel.sharding import initialise
-from megabts.runtime.device import check_fp8, check_te, have_te, resolve_dtype
+from megabts.runtime.device import DTYPES, check_fp8, check_te, have_te, resolve_dtype
 from megabts.runtime.fusion import Fuse, eager
 from megabts.tokenizers.build import find_tokenizer
 
@@ -53,14 +53,15 @@ def make_backend(
     Raises UserError where the library is missing or does not run. Every rank must call it.
     """
     precision, sequence = config.precision, config.parallel.sequence
+    frozen = None if precision.frozen == "same" else DTYPES[precision.frozen]
     if precision.layers == "torch" or torch.device(device).type == "meta":
         fp8 = "none" if torch.device(device).type == "meta" else precision.fp8
         if fp8 != "none":
             check_fp8(torch.device(device))
-        return TorchBackend(dtype, device, mesh.tp, sequence, fuse, fp8)
+        return TorchBackend(dtype, device, mesh.tp, sequence, fuse, fp8, frozen)
     check_te(torch.device(device))
     group = amax_group(mesh, config.parallel.timeout) if precision.fp8 == "delayed" else None
-    return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group, fuse)
+    return TEBackend(dtype, device, mesh.tp, sequence, precision.fp8, group, fuse, frozen)
 
 
 def model_costs(config: RunConfig) -> Costs:
@@ -207,14 +208,14 @@ def load_model(
 ) -> LoadedModel:
     """The model of a run or checkpoint folder, or of a Hugging Face folder; nothing else is needed.
 
-    `dtype` None: as the checkpoint's run computed, or the Hugging Face folder is stored. `run`: build it with this
-    run's settings instead of its own ones, whose layer library gives way to torch where it does not run; torch's layers
-    are then without FP8, which is for training.
+    `dtype` None: as the checkpoint's run computed, or the Hugging Face folder is stored; else of all of it. `run`:
+    build it with this run's settings instead of its own ones, whose layer library gives way to torch where it does not
+    run; torch's layers are then without FP8, which is for training.
     `without`: experts of a BTS model to leave out. `fuse`: see `megabts.runtime.fusion`.
     Raises UserError (not there, damaged, a member moved or changed).
     """
     stored = source if isinstance(source, StoredModel) else open_model(source)
-    config, folder = run or _on(device, stored.config), stored.folder
+    config, folder = run or _on(device, stored.config, dtype), stored.folder
     if without and config.method != "bts":
         raise UsageError(f"{folder} is a {config.method} model and has no experts; leave out --without {without[0]}")
     whole = full_shapes(whole_model(config))
@@ -228,7 +229,9 @@ def load_model(
     return LoadedModel(model, config, folder, member_records(members), find_tokenizer(folder))
 
 
-def _on(device: torch.device | str, config: RunConfig) -> RunConfig:
+def _on(device: torch.device | str, config: RunConfig, dtype: torch.dtype | None) -> RunConfig:
+    if dtype is not None:
+        config = replace(config, precision=replace(config.precision, frozen="same"))
     if config.precision.layers == "te" and torch.device(device).type == "cuda" and have_te():
         return config
     return replace(config, precision=replace(config.precision, layers="torch", fp8="none"))

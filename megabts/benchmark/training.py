@@ -2,8 +2,9 @@
 
 All train on the same random batch with the same optimizer (`MasterAdamW`: float32 masters), clipped gradients and the
 loss of every position, in the same precision: ours by `train_step`, which is what `tools/train.py` runs, with
-element-wise work compiled; transformers' eagerly. `hf_plain` is the step as its users may write it, with torch's fused
-AdamW on the weights themselves, which in bfloat16 is less work and less exact; it has no line.
+element-wise work compiled; transformers' eagerly. In fp32 the stitched model's frozen members are held in bfloat16
+(`precision.frozen`), and those of `bts_fp32` in float32 like all else. `hf_plain` is the step as its users may write
+it, with torch's fused AdamW on the weights themselves, which in bfloat16 is less work and less exact; it has no line.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ LINES = {
     "M": {"fp32": {"dense": 1.1, "bts": 0.55}, "bf16": {"dense": 1.5, "bts": 0.6}},
 }
 """Tokens per second of ours, at least so many times those of transformers' dense model."""
-MICRO_BATCHES = {("bts", "S", "fp32"): 4}
+MICRO_BATCHES = {("bts_fp32", "S", "fp32"): 4}
 """Sequences that ours runs at one time where not all: half of them, half the memory for activations."""
 PEAK_GB = 0.6 * 1.9
 """Of the stitched model S in fp32: 0.6 of what the only other BTS code takes."""
@@ -73,6 +74,8 @@ def _training(shape: str, precision: str, settings: Settings) -> list[Row]:
         "bts": partial(make_round, "bts", shape, precision),
         "matmul": partial(make_matmul_round, precision),
     }
+    if precision == "fp32":
+        makers["bts_fp32"] = partial(make_round, "bts_fp32", shape, precision)
     with ExitStack() as stack:
         contestants = {
             name: stack.enter_context(Contestant(make, f"{name} {shape} {precision}")) for name, make in makers.items()
@@ -80,7 +83,7 @@ def _training(shape: str, precision: str, settings: Settings) -> list[Row]:
         runs: dict[str, Callable[[], object]] = {name: contestant.run for name, contestant in contestants.items()}
         seconds = interleaved(runs, rounds=ROUNDS, warm_up=3, progress=settings.progress)
         peaks = {name: contestant.peak_bytes() for name, contestant in contestants.items()}
-        for name in ("hf", "dense", "bts"):
+        for name in [name for name in contestants if name not in ("hf_plain", "matmul")]:
             contestants[name].profile(settings, f"{shape}.{precision}.{name}")
     return _rows(shape, precision, seconds, peaks)
 
@@ -92,33 +95,44 @@ def _rows(shape: str, precision: str, seconds: dict[str, list[float]], peaks: di
     predicted = [taken * stitched / dense for taken in seconds["dense"]]
     ceiling = [MATMUL_FLOPS / taken / 1e9 for taken in seconds["matmul"]]
     reached = [dense * BATCH * LENGTH / taken / 1e9 for taken in seconds["dense"]]
+    alike = "bts_fp32" if "bts_fp32" in seconds else "bts"  # in the same precision as the dense step
+    kinds = {"dense": "", **dict.fromkeys(("bts", alike), "_dense")}
+    yardsticks = {
+        "hf": "transformers' dense training step",
+        "hf_plain": "transformers' dense training step, AdamW on its weights",
+    }
     rows = [
         Row(
-            f"{place}.{kind}_vs_{name}",
+            f"{place}.{kind}_vs_{yardstick}{suffix}",
             ratio_of(seconds[yardstick], seconds[kind]),
-            Line(">=", lines[kind]) if yardstick == "hf" else None,
+            Line(">=", lines[kind]) if yardstick == "hf" and kind in lines else None,
             tokens[kind],
             tokens[yardstick],
             "tokens/s",
-            "transformers' dense training step" + (", AdamW on its weights" if yardstick == "hf_plain" else ""),
+            f"{note}; our members in bfloat16" if kind == "bts" != alike else note,
         )
-        for kind, name, yardstick in (
-            ("dense", "hf", "hf"),
-            ("bts", "hf_dense", "hf"),
-            ("dense", "hf_plain", "hf_plain"),
-            ("bts", "hf_plain_dense", "hf_plain"),
-        )
+        for yardstick, note in yardsticks.items()
+        for kind, suffix in kinds.items()
     ]
     rows += [
         Row(f"{place}.dense_share_of_matmul", ratio_of(reached, ceiling), None, measure_of(reached),
             measure_of(ceiling), "GFLOP/s", "model operations against a 1024^3 matrix product"),
-        Row(f"{place}.bts_vs_predicted", ratio_of(seconds["bts"], predicted), Line("<=", PREDICTED),
-            measure_of(seconds["bts"]), measure_of(predicted), "s", "our dense step times the ratio of operations"),
+        Row(f"{place}.bts_vs_predicted", ratio_of(seconds[alike], predicted), Line("<=", PREDICTED),
+            measure_of(seconds[alike]), measure_of(predicted), "s", "our dense step times the ratio of operations"),
         Row(f"{place}.dense_peak_vs_hf", Measure(peaks["dense"] / peaks["hf"], 0), Line("<=", 1),
             Measure(peaks["dense"] / 1e9, 0), Measure(peaks["hf"] / 1e9, 0), "GB", "memory of a fresh process"),
-        Row(f"{place}.bts_peak_gb", Measure(peaks["bts"] / 1e9, 0),
-            Line("<=", PEAK_GB) if place == "S.fp32" else None, unit="GB", note="memory of a fresh process"),
     ]  # fmt: skip
+    for kind in dict.fromkeys(("bts", alike)):
+        line = Line("<=", PEAK_GB) if place == "S.fp32" else None
+        rows.append(
+            Row(
+                f"{place}.{kind}_peak_gb",
+                Measure(peaks[kind] / 1e9, 0),
+                line,
+                unit="GB",
+                note="memory of a fresh process",
+            )
+        )
     return rows
 
 
@@ -178,10 +192,11 @@ def operations(kind: str, shape: str, num_experts: int = NUM_EXPERTS, num_stitch
 def make_round(
     kind: str, shape: str, precision: str, num_experts: int = NUM_EXPERTS, num_stitch_layers: int = 0
 ) -> Round:
-    """Our training step."""
+    """Our training step. `kind`: dense, bts, or bts_fp32, whose frozen members compute in float32."""
     keep_freed_memory()
     mesh, dtype = ParallelMesh(), DTYPES[precision]
-    backend = TorchBackend(dtype, "cpu", mesh.tp, fuse=compiled if can_compile("cpu") else eager)
+    fuse, frozen = compiled if can_compile("cpu") else eager, torch.bfloat16 if kind == "bts" else None
+    backend = TorchBackend(dtype, "cpu", mesh.tp, fuse=fuse, frozen=frozen)
     if kind == "dense":
         model: Model = make_dense(shape, backend)
     else:

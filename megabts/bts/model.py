@@ -67,7 +67,10 @@ class BTSModel(nn.Module):
         self.config = config
         self.bts = bts
         self.backend = backend
-        self.dtype = backend.dtype
+        frozen = backend.frozen()
+        self.dtype = frozen.dtype
+        """Of hidden states, as members make them; a stitch computes in its own."""
+        self.stitch_dtype = backend.dtype
         self.num_slices = backend.tp.size if backend.sequence else 1
         self.placement = Placement.of(bts.members, ep, exchange)
         self.num_members = len(bts.members)
@@ -75,9 +78,7 @@ class BTSModel(nn.Module):
         self.part = part = part or Part.whole(config.num_layers)
         self.members = nn.ModuleDict(
             {
-                name: Decoder(
-                    config, backend.frozen(), part=part, recompute=recompute, with_head=self.mixes or name == HUB
-                )
+                name: Decoder(config, frozen, part=part, recompute=recompute, with_head=self.mixes or name == HUB)
                 for name in self.placement.local
             }
         )
@@ -132,7 +133,7 @@ class BTSModel(nn.Module):
         assert isinstance(stitch, Stitch)
         seeds = context.dropout_seeds and [name_seed(f"stitch {index}", seed) for seed in context.dropout_seeds]
         new, gates = stitch(
-            states,
+            [state.to(self.stitch_dtype) for state in states],
             seeds,
             last=flow.point.after == self.config.num_layers and not self.mixes,
             exchanges=exchanges,
@@ -142,7 +143,7 @@ class BTSModel(nn.Module):
             exchanges.begin_backward(states[0])
         if self._observers:
             self._tell(index, stitch.mean_gates(gates, states[0]))
-        return new
+        return [state.to(self.dtype) for state in new]
 
     def _tell(self, place: int, gates: Tensor) -> None:
         for observer in self._observers:

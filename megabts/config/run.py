@@ -196,6 +196,9 @@ class PrecisionConfig:
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps fp32 masters in the optimizer. auto: bfloat16 where the hardware
     multiplies it natively. float64 is for comparisons."""
+    frozen: Literal["same", "bfloat16"] = "same"
+    """Frozen members, and hidden states with them: same as dtype, or bfloat16, which keeps half of float32's bytes and
+    where the hardware multiplies it natively is faster. What trains stays in dtype."""
     layers: Literal["torch", "te"] = "torch"
     """Layer library: plain PyTorch, or NVIDIA's Transformer Engine (GPU)."""
     fp8: Literal["none", "current", "delayed", "block"] = "none"

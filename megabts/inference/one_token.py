@@ -58,7 +58,7 @@ class OneToken:
             _Layer([decoder.layers[str(index)] for decoder in decoders]) for index in range(model.config.num_layers)
         ]
         stitches = model.stitches.values() if isinstance(model, BTSModel) else ()
-        self.stitches = [_Stitch.of(stitch) for stitch in stitches]  # type: ignore[arg-type]
+        self.stitches = [_Stitch.of(stitch, model.dtype) for stitch in stitches]  # type: ignore[arg-type]
         self.final_norm = _vectors([decoders[0].final_norm.weight])  # type: ignore[list-item]
         self.head = _stack([decoders[0].head.weight])
         self._eps = torch.tensor(model.config.norm_eps, device=decoders[0].backend.device)
@@ -169,10 +169,10 @@ class _Stitch:
     """A stitch layer whose matrices are full: all its gates are one product, its projections another."""
 
     @classmethod
-    def of(cls, stitch: Stitch) -> "_Stitch | None":
-        """For the layer; None where a matrix has another form."""
+    def of(cls, stitch: Stitch, dtype: torch.dtype) -> "_Stitch | None":
+        """For the layer; None where a matrix has another form, or another dtype than the states'."""
         matrices = [*stitch.projections.values(), *stitch.gates.values()]
-        full = all(isinstance(matrix, ColumnLinear) for matrix in matrices)
+        full = all(isinstance(matrix, ColumnLinear) and matrix.weight.dtype == dtype for matrix in matrices)
         return cls(stitch) if full and len(stitch.projections) else None
 
     def __init__(self, stitch: Stitch) -> None:

@@ -30,10 +30,11 @@ class SideBySide(nn.Module):
         if taken:
             raise UsageError(f"a member is named {taken[0]!r}, a name torch modules use; give it another one")
         self.config = config
-        self.dtype = backend.dtype
+        frozen = backend.frozen()
+        self.dtype = frozen.dtype
         self.part = Part.whole(config.num_layers)
         self.num_local_members = len(names)
-        self.members = nn.ModuleDict({name: Decoder(config, backend.frozen()) for name in names})
+        self.members = nn.ModuleDict({name: Decoder(config, frozen) for name in names})
         freeze(self.members.parameters())
 
     def embed(self, tokens: Tensor) -> Tensor:

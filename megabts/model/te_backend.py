@@ -45,8 +45,9 @@ class TEBackend(TorchBackend):
         fp8: FP8 = "none",
         amax_group: ProcessGroup | None = None,
         fuse: Fuse = eager,
+        frozen: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dtype, device, tp, sequence, fuse, fp8)
+        super().__init__(dtype, device, tp, sequence, fuse, fp8, frozen)
         self.te = load_te()
         self.recipe = make_recipe(fp8, reduce_amax=amax_group is not None)
         self.amax_group = amax_group
@@ -63,6 +64,7 @@ class TEBackend(TorchBackend):
         Block scaling lacks a way back to bfloat16 in TE's MLP, and delayed scaling knows no scale when it loads.
         """
         other = copy(self)
+        other.dtype = self.frozen_dtype
         other.quantised = self.fp8 == "current"
         return other
 

@@ -28,7 +28,8 @@ from megabts.runtime.fusion import Fuse, eager
 class TorchBackend:
     """`Backend` in plain PyTorch.
 
-    fp8: current keeps the weights of frozen linears in FP8, and multiplies them so (`fp8_linear`).
+    fp8: current keeps the weights of frozen linears in FP8, and multiplies them so (`fp8_linear`); frozen: dtype of
+    what never trains, None for `dtype`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TorchBackend:
         sequence: bool = False,
         fuse: Fuse = eager,
         fp8: FP8 = "none",
+        frozen: torch.dtype | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = torch.device(device)
@@ -47,6 +49,7 @@ class TorchBackend:
         self.fuse = fuse
         self.fp8: FP8 = fp8
         self.quantised = False
+        self.frozen_dtype = frozen or dtype
         self.keeps_probabilities = True
 
     def column_linear(self, weight: ParamMeta, bias: ParamMeta | None = None, *, entered: bool = False) -> nn.Module:
@@ -115,7 +118,8 @@ class TorchBackend:
     def frozen(self) -> "TorchBackend":
         """See `Backend`. Activations of several members live at one time: attention's largest are formed again."""
         other = copy(self)
-        other.keeps_probabilities = self.dtype.itemsize <= 2
+        other.dtype = self.frozen_dtype
+        other.keeps_probabilities = other.dtype.itemsize <= 2
         other.quantised = self.fp8 == "current"
         return other
 

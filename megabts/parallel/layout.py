@@ -8,6 +8,9 @@ from megabts.errors import UsageError
 from megabts.parallel.balance import check_cuts
 from megabts.parallel.mesh import degrees
 
+FROZEN = ("bts", "routing")
+"""Methods that train beside frozen members."""
+
 
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Raise UsageError when the run's sizes do not divide as its parallel degrees ask on `world_size` ranks."""
@@ -15,6 +18,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     dp *= ep if config.method == "moe" else 1  # whose ep ranks take different samples
     _check_side_by_side(config)
     _check_tensor(config)
+    _check_frozen(config)
     _check_fp8(config)
     _check_expert(config)
     _check_batch(config, dp)
@@ -81,6 +85,14 @@ def _check_tensor(config: RunConfig) -> None:
         )
 
 
+def _check_frozen(config: RunConfig) -> None:
+    if config.precision.frozen != "same" and config.method not in FROZEN:
+        raise UsageError(
+            f"precision.frozen {config.precision.frozen} is for frozen members, and method {config.method} has none; "
+            "leave it at same"
+        )
+
+
 def _check_fp8(config: RunConfig) -> None:
     """Both sides of every matrix in an FP8 product are multiples of 16 on every rank; what is gathered along the
     sequence in blocks of 128, multiples of 128."""
@@ -88,7 +100,7 @@ def _check_fp8(config: RunConfig) -> None:
     if fp8 == "none":
         return
     of_torch = config.precision.layers == "torch"
-    if of_torch and config.method not in ("bts", "routing"):
+    if of_torch and config.method not in FROZEN:
         raise UsageError(
             f"precision.fp8 {fp8} with layers of torch is for frozen members, and method {config.method} has none; set "
             "precision.layers te, or precision.fp8 none"

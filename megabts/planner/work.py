@@ -95,10 +95,13 @@ class Parts:
 
 
 def value_bytes(config: RunConfig) -> int:
-    """Bytes of a weight or activation. Raises UsageError for float64, of which GPUs have no peak worth planning."""
+    """Bytes of a weight or activation. Raises UsageError for float64, of which GPUs have no peak worth planning, and
+    for members in another dtype than what trains."""
     dtype = config.precision.dtype
     if dtype not in _VALUE_BYTES:
         raise UsageError(f"precision.dtype {dtype} is not planned for; use bfloat16 or float32")
+    if config.precision.frozen != "same":
+        raise UsageError(f"precision.frozen {config.precision.frozen} is not planned for; leave it at same")
     return _VALUE_BYTES[dtype]
 
 

@@ -49,7 +49,6 @@ class Run:
     config: RunConfig
     mesh: ParallelMesh
     device: torch.device
-    dtype: torch.dtype
     model: Built
     stages: Stages
     members: list[MemberRecord]
@@ -176,7 +175,7 @@ def build_run(config: RunConfig, mesh: ParallelMesh, device: torch.device, start
         raise UsageError("nothing would be trained; see bts.trainable and optimizer.lr_scale")
     stages = Stages(model, mesh, config.parallel, device)
     identity = data_hash(config.data, num_samples)
-    return Run(config, mesh, device, dtype, model, stages, members, tokenizer, loader, valid, optimizer, identity)
+    return Run(config, mesh, device, model, stages, members, tokenizer, loader, valid, optimizer, identity)
 
 
 def _start(

@@ -234,7 +234,7 @@ class Trainer:
             tensorboard=logging_config.tensorboard,
             every=logging_config.every,
             world_size=run.mesh.world_size,
-            peak_flops=peak_flops(run.device, run.dtype),
+            peak_flops=peak_flops(run.device, run.model.dtype),
             progress=logging_config.progress,
             total_steps=self.config.train.steps,
             start_step=first,

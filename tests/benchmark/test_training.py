@@ -58,7 +58,7 @@ def test_profiles_are_named_after_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     settings = Settings(progress=said.append)
     rows = training._training("S", "fp32", settings)
-    assert said[-3:] == [f"S.fp32.{name} of {name} S fp32" for name in ("hf", "dense", "bts")]
+    assert said[-4:] == [f"S.fp32.{name} of {name} S fp32" for name in ("hf", "dense", "bts", "bts_fp32")]
     for batch, place in ((1, "S.bf16.decode"), (16, "S.bf16.decode_16")):
         rows += decode.decode(settings, "S", "bf16", batch)
         assert said[-3:] == [f"{place}_{name} of decode {name} S bf16" for name in ("dense", "bts", "hf")]

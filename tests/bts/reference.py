@@ -36,10 +36,17 @@ def config_of(experts: int = 2, **settings: Any) -> BTSConfig:
     return BTSConfig("hub", {f"e{i}": f"e{i}" for i in range(1, experts + 1)}, **{"gate_dropout": 0.0, **settings})
 
 
-def random_model(bts: BTSConfig, dtype: torch.dtype = torch.float32, *, shake: float = 0.2, **sizes: Any) -> BTSModel:
+def random_model(
+    bts: BTSConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    frozen: torch.dtype | None = None,
+    shake: float = 0.2,
+    **sizes: Any,
+) -> BTSModel:
     """A model of random, differing members; stitches at their start, plus noise of size `shake`."""
     mesh = ParallelMesh()
-    model = BTSModel(ModelConfig(**{**SIZES, **sizes}), bts, TorchBackend(dtype, "cpu", mesh.tp))
+    model = BTSModel(ModelConfig(**{**SIZES, **sizes}), bts, TorchBackend(dtype, "cpu", mesh.tp, frozen=frozen))
     initialise(named_metas(model), 1, mesh)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -113,6 +113,29 @@ def test_against_loops_in_double_precision(case: str) -> None:
         assert relative_error(parameter.grad, gradients[name]) < 2e-6, name
 
 
+@pytest.mark.parametrize("case", ["K = 3", "mixture, evidence", "unchanged", "low rank"])
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "bound"), [(torch.float64, torch.float32, 2e-5), (torch.float32, torch.bfloat16, 0.15)]
+)
+def test_members_in_another_dtype(case: str, dtype: torch.dtype, frozen: torch.dtype, bound: float) -> None:
+    """As exact as the members' dtype; stitches and their gradients are in their own."""
+    settings, plan = CASES[case]
+    model = random_model(config_of(**settings), dtype, frozen=frozen)
+    assert {parameter.dtype for parameter in of_members(model).values()} == {frozen}
+    logits, loss, gradients = reference(model, plan, dict(model.named_parameters()))
+    hidden = run(model, TOKENS)
+    assert hidden.dtype == model.dtype == frozen
+    context = make_context(model.config, torch.arange(6), model.dtype, tokens=TOKENS)
+    assert relative_error(model.logits(hidden, context), logits) < bound
+    ours = model.loss(hidden, LABELS, MASK, context)
+    assert abs(ours.item() / loss.item() - 1) < bound / 10
+    ours.backward()
+    for name, parameter, _ in model.own_parameters():
+        assert parameter.grad is not None
+        assert parameter.dtype == parameter.grad.dtype == dtype
+        assert relative_error(parameter.grad, gradients[name]) < bound, name
+
+
 def test_an_expert_as_hub() -> None:
     """Hub and expert change places: the output is that of the loops with the roles exchanged, and another one."""
     settings, plan = CASES["n = 1"]

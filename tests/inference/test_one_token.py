@@ -19,6 +19,7 @@ from megabts.model.decoder import sequence_loss
 from megabts.model.torch_backend import TorchBackend
 from megabts.moe.model import MoEModel
 from megabts.parallel.mesh import ParallelMesh
+from tests.bts.reference import config_of, random_model
 from tests.inference.models import MODELS, SIZES, build, dense, stitched
 
 MEMBERS = {"seed": "seed", "code": "code", "math": "math"}
@@ -74,11 +75,17 @@ def test_kinds_of_stitches(settings: dict[str, Any]) -> None:
 
 def test_bfloat16_is_as_near_as_layer_by_layer() -> None:
     exact, model = stitched(None, num_stitch_layers=3), stitched(None, num_stitch_layers=3).to(torch.bfloat16)
-    model.dtype = torch.bfloat16
+    model.dtype = model.stitch_dtype = torch.bfloat16
     expected = torch.stack(steps(exact, PROMPTS, False)[0])
     slow, fast = (torch.stack(steps(model, PROMPTS, way)[0]).float() for way in (False, True))
     errors = [float((found - expected).norm() / expected.norm()) for found in (slow, fast)]
     assert 0 < errors[1] < 1.2 * errors[0] < 0.2
+
+
+def test_members_in_another_dtype_than_the_stitches() -> None:
+    model = random_model(config_of(num_stitch_layers=3), torch.float64, frozen=torch.float32)
+    slow, fast = (torch.stack(steps(model, PROMPTS, way)[0]) for way in (False, True))
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_keep_their_values_are_held_once_and_train_on() -> None:

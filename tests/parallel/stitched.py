@@ -33,6 +33,8 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     exchange: str = "auto"
     recompute: str = "none"
+    frozen: torch.dtype | None = None
+    """Of the members; stitches are then in float64, else all is in float32."""
     parts: tuple[Part, ...] = ()
     """Run as these parts, whose chunks together are all layers, one after the other; (): whole."""
 
@@ -49,14 +51,19 @@ class Outcome:
 
 def whole_model(case: Case) -> BTSModel:
     """The case's model on one rank: the oracle."""
-    return random_model(config_of(case.experts, **{"num_stitch_layers": 3, **case.settings}))
+    config = config_of(case.experts, **{"num_stitch_layers": 3, **case.settings})
+    return random_model(config, _dtype(case), frozen=case.frozen)
+
+
+def _dtype(case: Case) -> torch.dtype:
+    return torch.float64 if case.frozen else torch.float32
 
 
 def local_model(case: Case, mesh: ParallelMesh, sequence: bool = False, part: Part | None = None) -> BTSModel:
     """This rank's slice of `whole_model`: the same weights."""
     whole = whole_model(case)
     weights = dict(whole.named_parameters())
-    backend = TorchBackend(torch.float32, "cpu", mesh.tp, sequence)
+    backend = TorchBackend(_dtype(case), "cpu", mesh.tp, sequence, frozen=case.frozen)
     model = BTSModel(
         whole.config,
         whole.bts,

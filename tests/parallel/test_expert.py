@@ -72,6 +72,7 @@ def cases(topology: str) -> dict[str, Case]:
         for name, parts in PARTS.items():
             found[f"{exchange}, {name}"] = Case(3, {"num_stitch_layers": 2}, exchange, parts=parts)
     found["recomputation"] = Case(3, {"num_stitch_layers": 5}, recompute="full")
+    found["members in float32"] = Case(3, {"num_stitch_layers": 5}, "reduce", frozen=torch.float32)
     return found
 
 

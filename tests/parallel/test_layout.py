@@ -108,6 +108,13 @@ def test_micro_batches_are_counted_per_rank() -> None:
     assert num_microbatches(run({}, batch=(24, 2)), 3) == 4
 
 
+def test_a_dtype_of_frozen_members_needs_some() -> None:
+    config = replace(run({}), precision=PrecisionConfig(frozen="bfloat16"))
+    with pytest.raises(UsageError, match="is for frozen members, and method dense has none; leave it at same"):
+        check_layout(config, 1)
+    check_layout(replace(run({}, experts=2), precision=PrecisionConfig(frozen="bfloat16")), 1)
+
+
 def fp8_run(
     fp8: str, parallel: dict[str, Any], experts: int = 0, seq: int = 64, layers: str = "te", **sizes: Any
 ) -> RunConfig:

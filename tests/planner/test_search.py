@@ -192,6 +192,7 @@ def test_no_layout_at_all_is_said() -> None:
         (lambda: Cluster.of("h100", 13), "--gpus 13 do not divide among 2 nodes of 8"),
         (lambda: plan(configured({"method": "bts"}), NODE, top=1), "needs a bts.experts.NAME"),
         (lambda: plan(configured({"precision.dtype": "float64"}), NODE, top=1), "float64 is not planned for"),
+        (lambda: plan(configured({"precision.frozen": "bfloat16"}), NODE, top=1), "bfloat16 is not planned for"),
     ],
 )
 def test_bad_input_is_one_line(call: object, message: str) -> None:

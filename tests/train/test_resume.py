@@ -38,7 +38,7 @@ Patch = pytest.MonkeyPatch
 VARIANTS: dict[str, dict[str, Any]] = {
     "accumulation": {},
     "bfloat16": {"precision__dtype": "bfloat16", "checkpoint__asynchronous": False},
-    "bts": {"base": BTS_SETTINGS},
+    "bts": {"base": BTS_SETTINGS, "precision__frozen": "bfloat16"},
     "adam-wsd": {"optimizer__schedule": "wsd", "optimizer__warmup_steps": 4, "train__recompute": "full"},
 }
 

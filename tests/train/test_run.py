@@ -16,7 +16,7 @@ from megabts.config.load import from_yaml, load_config
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.metrics import read_metrics
 from megabts.tokenizers.build import build_tokenizer
-from tests.train.runs import SEQ, arguments, build, shell, train
+from tests.train.runs import BTS_SETTINGS, SEQ, arguments, build, shell, train
 
 TAGS = {"lm loss", "learning-rate", "grad-norm", "throughput", "iteration-time", "batch-size", "lm loss validation"}
 
@@ -125,3 +125,22 @@ def test_frozen_parameters_stay_bit_for_bit(blend: dict[str, float], tmp_path: P
     end = load_file(tmp_path / "run/step_00000003/model.safetensors")
     same = {name for name in start if torch.equal(start[name], end[name])}
     assert same == {name for name in start if name.startswith("layers.0.")}
+
+
+def test_frozen_members_in_bfloat16(data: Path, tmp_path: Path) -> None:
+    """The losses of the run in float32, within bfloat16; the model comes back as it ran, or as asked for."""
+    losses = {}
+    for frozen in ("same", "bfloat16"):
+        args = arguments(tmp_path / frozen, {str(data / "ids"): 1.0}, BTS_SETTINGS, precision__frozen=frozen)
+        assert train(args) == 0
+        losses[frozen] = [row["loss"] for row in read_metrics(tmp_path / frozen)[0]]
+    assert losses["bfloat16"] == pytest.approx(losses["same"], rel=5e-3)
+    assert losses["bfloat16"] != losses["same"]
+    exact = load_file(tmp_path / "bfloat16/step_00000012/model.safetensors")
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    as_run, asked = (
+        load_model(tmp_path / "bfloat16", ParallelMesh(), dtype, "cpu").model for dtype in (None, torch.float32)
+    )
+    assert (as_run.dtype, asked.dtype) == (torch.bfloat16, torch.float32)
+    for name, parameter, _ in as_run.own_parameters():
+        assert torch.equal(parameter, exact[name])
