@@ -12,7 +12,7 @@ from torch.profiler import profile, supported_activities
 
 ROWS = 40
 """Of the table: operators and kernels, those with most time of their own first."""
-NAME = 100
+NAME_WIDTH = 100
 """Characters of a kernel's name."""
 
 
@@ -28,6 +28,6 @@ def write_profile(run: Callable[[], object], path: Path) -> float:
     events = watched.key_averages()
     on_gpu = any(event.self_device_time_total > 0 for event in events)
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    table = events.table(order, ROWS, max_name_column_width=NAME)
+    table = events.table(order, ROWS, max_name_column_width=NAME_WIDTH)
     path.write_text(f"{path.stem}: one round, {taken:.4g} s under the profiler\n{table}", encoding="utf-8")
     return taken

@@ -63,7 +63,7 @@ def linear_cross_entropies(
 
 def positions_at_once(rows: int, device: torch.device) -> int:
     """Positions whose logits exist at one time, where no rank has more than so many rows of the vocabulary."""
-    return max(128, CHUNK_ELEMENTS.get(device.type, 1 << 21) // rows)
+    return max(128, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"]) // rows)
 
 
 class _Softmax:
