@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,15 +133,28 @@ def test_one_rank_that_raises_ends_all_and_is_told_once(starter: str, who: int, 
     assert ended.told + ended.gone < 10
 
 
-@pytest.mark.parametrize(
-    ("starter", "who", "how"), [("torchrun", 1, "lock"), ("torchrun", 1, "stop"), ("srun", 0, "stop")]
-)
+HANGS = (("torchrun", 1, "lock"), ("torchrun", 1, "stop"), ("srun", 0, "stop"))
+
+
+@pytest.fixture(scope="module")
+def hung(blend: Blend, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Ended]:
+    """All that hang, side by side: most of their time they wait."""
+    folders = [tmp_path_factory.mktemp("hung") for _ in HANGS]
+
+    def start(case: tuple[str, int, str], folder: Path) -> Ended:
+        args = arguments(folder / "run", blend, train__steps=1000, parallel__timeout=8)
+        return misbehave(*case, args, folder)
+
+    with ThreadPoolExecutor(len(HANGS)) as pool:
+        return dict(zip(HANGS, pool.map(start, HANGS, folders)))
+
+
+@pytest.mark.parametrize(("starter", "who", "how"), HANGS)
 def test_a_rank_that_hangs_is_named_with_its_stack(
-    starter: str, who: int, how: str, blend: Blend, tmp_path: Path
+    starter: str, who: int, how: str, hung: dict[tuple[str, int, str], Ended]
 ) -> None:
     """Without torchrun the first rank keeps the ranks' store: stopped, it leaves the others to themselves."""
-    args = arguments(tmp_path / "run", blend, train__steps=1000, parallel__timeout=8)
-    ended = misbehave(starter, who, how, args, tmp_path)
+    ended = hung[starter, who, how]
     assert 8 - 1 < ended.told < 8 + 5, ended
     assert ended.gone < 15
     assert not Path(f"/proc/{ended.pid}").exists()
