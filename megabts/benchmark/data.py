@@ -148,13 +148,19 @@ def indexing(settings: Settings) -> list[Row]:
     ]
 
 
-def loader(settings: Settings, model: ModelConfig = SHAPES["S"], batch: int = BATCH, length: int = LENGTH) -> list[Row]:
+TRAIN = TrainConfig(steps=1000, micro_batch=BATCH, global_batch=BATCH)
+"""The training whose steps loading is compared with."""
+
+
+def loader(
+    settings: Settings, model: ModelConfig = SHAPES["S"], train: TrainConfig = TRAIN, length: int = LENGTH
+) -> list[Row]:
     """A step's batch, read while nothing else runs; in training it is read during the step before."""
     with tempfile.TemporaryDirectory(prefix="megabts-benchmark-") as folder:
         config = RunConfig(
             model=model,
             data=DataConfig(train={_random_dataset(folder, model.vocab_size): 1}, seq_length=length),
-            train=TrainConfig(steps=1000, micro_batch=batch, global_batch=batch),
+            train=train,
             precision=PrecisionConfig(dtype="bfloat16"),
         )
         return _loader_rows(config, settings)

@@ -9,6 +9,7 @@ from megabts.benchmark import data
 from megabts.benchmark.data_text import library_encoders, prepare_text, preprocess_by_document
 from megabts.benchmark.suite import Settings
 from megabts.config.model import ModelConfig
+from megabts.config.run import TrainConfig
 from megabts.data.preprocess import PreprocessOptions, preprocess
 from megabts.errors import UserError
 from megabts.runtime.device import num_cores
@@ -89,7 +90,9 @@ def test_a_gigabyte_is_compared_by_its_rate() -> None:
 
 
 def test_loading_is_compared_with_a_step() -> None:
-    (row,) = data.loader(Settings(scale=0.1), TINY_MODEL, batch=4, length=16)
+    (row,) = data.loader(
+        Settings(scale=0.1), TINY_MODEL, TrainConfig(steps=100, micro_batch=2, global_batch=4), length=16
+    )
     assert row.name == "loader_share_of_step"
     assert row.ours
     assert row.yardstick
