@@ -85,21 +85,20 @@ def assert_same_run(killed: Path, unbroken: Path, steps: int) -> None:
     assert last_hashes(killed) == last_hashes(unbroken)
 
 
-def test_killed_three_times(nursery: Nursery, variant: Arguments, tmp_path: Path) -> None:
-    assert train(variant(tmp_path / "unbroken")) == 0
-    redone = kill_and_resume(nursery, variant(tmp_path / "killed"), tmp_path / "killed", 3, 30)
-    assert_same_run(tmp_path / "killed", tmp_path / "unbroken", 30)
-    # For every kill at most one step under way and those between two checkpoints; twice those while one is written.
-    waits = "--checkpoint.asynchronous=false" in variant(tmp_path)
-    assert redone <= 3 * (6 if waits else 11)
-
-
 @pytest.mark.reliability
-@pytest.mark.parametrize("variant", ["accumulation", "bts"], indirect=True)
-def test_killed_twenty_times(nursery: Nursery, variant: Arguments, tmp_path: Path) -> None:
-    assert train(variant(tmp_path / "unbroken", train__steps=200)) == 0
-    kill_and_resume(nursery, variant(tmp_path / "killed", train__steps=200), tmp_path / "killed", 20, 200)
-    assert_same_run(tmp_path / "killed", tmp_path / "unbroken", 200)
+@pytest.mark.parametrize(
+    ("variant", "kills", "steps"),
+    [("bfloat16", 3, 30), ("adam-wsd", 3, 30), ("accumulation", 20, 200), ("bts", 20, 200)],
+    indirect=["variant"],
+)
+def test_killed(nursery: Nursery, variant: Arguments, kills: int, steps: int, tmp_path: Path) -> None:
+    assert train(variant(tmp_path / "unbroken", train__steps=steps)) == 0
+    args = variant(tmp_path / "killed", train__steps=steps)
+    redone = kill_and_resume(nursery, args, tmp_path / "killed", kills, steps)
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken", steps)
+    # For every kill at most one step under way and those between two checkpoints; twice those while one is written.
+    waits = "--checkpoint.asynchronous=false" in args
+    assert redone <= kills * (6 if waits else 11)
 
 
 def signal_at(step: int, numbers: tuple[int, ...], patch: Patch) -> None:
