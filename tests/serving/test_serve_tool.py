@@ -6,6 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,24 +69,28 @@ def test_what_takes_too_long_is_cut_when_the_server_ends(long_model: Path) -> No
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("axis", ["tensor", "expert"])
-def test_two_ranks_answer_as_one(server: ServerProcess, checkpoint: Path, axis: str) -> None:
+def test_two_ranks_answer_as_one(server: ServerProcess, checkpoint: Path) -> None:
     asked = {"max_tokens": 12, "gates": True}
     expected = server.complete("def add(a, b):", **asked)["choices"][0]
-    with ServerProcess(checkpoint, f"--parallel.{axis}", "2", ranks=2) as pair:
+    with ExitStack() as stack:
+        pairs = [
+            stack.enter_context(ServerProcess(checkpoint, f"--parallel.{axis}", "2", ranks=2))
+            for axis in ("tensor", "expert")
+        ]
         time.sleep(6)  # longer than a heartbeat
-        found = pair.complete("def add(a, b):", **asked)["choices"][0]
-        assert found["text"] == expected["text"]
-        for one, two in zip(found["tokens"], expected["tokens"], strict=True):
-            assert flat(one["gates"]) == pytest.approx(flat(two["gates"]), abs=1e-3)
-        status, content, _ = pair.ask("/v1/completions", {"prompt": "a", "without": ["code"]})
-        assert (status, content["error"]["param"]) == (400, "without")
-        ranks = children(pair.process.pid)
-        assert len(ranks) == 2
-        code, error, _ = pair.end()
-        assert code == 0
-        assert "Traceback" not in error
-        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+        for pair in pairs:
+            found = pair.complete("def add(a, b):", **asked)["choices"][0]
+            assert found["text"] == expected["text"]
+            for one, two in zip(found["tokens"], expected["tokens"], strict=True):
+                assert flat(one["gates"]) == pytest.approx(flat(two["gates"]), abs=1e-3)
+            status, content, _ = pair.ask("/v1/completions", {"prompt": "a", "without": ["code"]})
+            assert (status, content["error"]["param"]) == (400, "without")
+            ranks = children(pair.process.pid)
+            assert len(ranks) == 2
+            code, error, _ = pair.end()
+            assert code == 0
+            assert "Traceback" not in error
+            assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def children(pid: int) -> list[int]:
