@@ -27,7 +27,7 @@ from megabts.build import load_model, open_model
 from megabts.config.run import ParallelConfig
 from megabts.errors import UsageError, UserError
 from megabts.evaluation.likelihood import continuation_scores
-from megabts.inference.engine import Engine, places
+from megabts.inference.engine import Engine, cache_size
 from megabts.inference.ranks import follow
 from megabts.inference.rows import Request
 from megabts.inference.settings import GenerationSettings
@@ -228,7 +228,7 @@ class MegabtsLM(TemplateLM):
 
     def _complete(self, asked: Sequence[Request]) -> list[str]:
         """The requests' texts, on every rank."""
-        max_tokens = sum(sorted(map(places, asked), reverse=True)[: self.batch_size])
+        max_tokens = sum(sorted(map(cache_size, asked), reverse=True)[: self.batch_size])
         texts: list[str] = []
         if self.parts.rank > 0:
             follow(self.model, max_tokens, self.parts)

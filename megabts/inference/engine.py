@@ -105,7 +105,7 @@ class Engine:
         check_request(self.model.config, request)
         if request.gates and not isinstance(self.model, BTSModel):
             raise UsageError("gates are asked for, and the model has none; ask a BTS model, or leave them out")
-        if places(request) > self.max_tokens:
+        if cache_size(request) > self.max_tokens:
             raise UserError(
                 f"the prompt has {len(request.prompt)} tokens, with {request.settings.max_new_tokens} new ones more "
                 f"than the {self.max_tokens} that the caches have room for; shorten it or ask for fewer"
@@ -178,7 +178,7 @@ class Engine:
             width = max(width, len(request.prompt))
             if new and width * (len(new) + 1) > self.prefill_tokens:
                 break
-            size = places(request)
+            size = cache_size(request)
             start = self._stretches.take(size)
             if start is None:
                 break
@@ -193,7 +193,7 @@ class Engine:
             self._stretches.give(*stretch)
 
 
-def places(request: Request) -> int:
+def cache_size(request: Request) -> int:
     """Tokens of a cache that a request takes: the last token chosen is never read, so it needs none."""
     return len(request.prompt) + request.settings.max_new_tokens - 1
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megabts.inference.decoding import document_numbers
-from megabts.inference.engine import Engine, check_request, places
+from megabts.inference.engine import Engine, cache_size, check_request
 from megabts.inference.ranks import follow
 from megabts.inference.rows import Completion, Event, Request, choose
 from megabts.inference.settings import GenerationSettings
@@ -75,7 +75,7 @@ def complete(
     the new tokens, or has ids outside the vocabulary, and when logits are not finite.
     """
     _check(model, asked)
-    sizes = sorted(map(places, asked), reverse=True)
+    sizes = sorted(map(cache_size, asked), reverse=True)
     max_tokens = sum(sizes[:MAX_ROWS])
     with evaluating(model):
         if not asked:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megabts.config.methods import HUB
 from megabts.errors import UserError
-from megabts.inference.engine import check_request, places
+from megabts.inference.engine import cache_size, check_request
 from megabts.inference.rows import Request
 from megabts.inference.settings import GenerationSettings
 from megabts.serving.chat import ChatTemplate
@@ -145,7 +145,7 @@ def _check(request: Request, served: Served, variant: bool) -> None:
     except UserError as error:
         raise _too_long(str(error)) from None
     room = served.room(variant)
-    if places(request) > room:
+    if cache_size(request) > room:
         raise _too_long(
             f"the prompt has {num_prompt} tokens, with {request.settings.max_new_tokens} new ones more than the {room} "
             "that the server has room for; shorten it or ask for fewer"

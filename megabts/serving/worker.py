@@ -55,7 +55,7 @@ Post = Callable[[list[tuple[Job, Update]]], None]
 
 
 @dataclass(eq=False)
-class _Place:
+class _Row:
     """A completion that an engine has."""
 
     job: Job
@@ -70,7 +70,7 @@ class _Batch:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.places: dict[int, _Place] = {}
+        self.rows: dict[int, _Row] = {}
         self.used = time.monotonic()
 
     def step(self, metrics: Metrics) -> list[tuple[Job, Update]]:
@@ -79,18 +79,18 @@ class _Batch:
         events, now = self.engine.step(), time.perf_counter()
         told: list[tuple[Job, Update]] = []
         for event in events:
-            place = self.places[event.id]
-            if place.last is None:
-                metrics.first_token.observe(now - place.job.came)
-                metrics.prompt_tokens.inc(len(place.completion.request.prompt))
+            row = self.rows[event.id]
+            if row.last is None:
+                metrics.first_token.observe(now - row.job.came)
+                metrics.prompt_tokens.inc(len(row.completion.request.prompt))
             else:
-                metrics.token.observe(now - place.last)
-            place.last = now
+                metrics.token.observe(now - row.last)
+            row.last = now
             if event.token is not None:
                 metrics.new_tokens.inc()
             if event.finish is not None:
-                del self.places[event.id]
-            told.append((place.job, Told(place.index, event)))
+                del self.rows[event.id]
+            told.append((row.job, Told(row.index, event)))
         return told
 
 
@@ -187,17 +187,17 @@ class Worker:
             batch = self._batch(job.without)
             for index, request in enumerate(job.rows):
                 completion = batch.engine.submit(request)
-                batch.places[completion.id] = _Place(job, index, completion)
+                batch.rows[completion.id] = _Row(job, index, completion)
         except (ApiError, UserError) as error:
             self._cancel(job)
             self._tell([(job, error if isinstance(error, ApiError) else refuse(str(error)))])
 
     def _cancel(self, job: Job) -> None:
         batch = self._batches.get(job.without)
-        for place in [] if batch is None else [place for place in batch.places.values() if place.job is job]:
+        for row in [] if batch is None else [row for row in batch.rows.values() if row.job is job]:
             assert batch is not None
-            batch.engine.cancel(place.completion)
-            del batch.places[place.completion.id]
+            batch.engine.cancel(row.completion)
+            del batch.rows[row.completion.id]
             self.metrics.cancelled.inc()
 
     def _batch(self, without: frozenset[str]) -> _Batch:

@@ -60,7 +60,7 @@ def test_text_is_cut_at_the_size_and_a_tokenizer_is_trained_on_it(
 
 
 def test_json_of_a_small_run(run_tool: RunTool, corpus: Path, tmp_path: Path) -> None:
-    results = {}
+    results: dict[str, float] = {}
     for name in ("preprocess", "indexing"):
         out = tmp_path / f"{name}.json"
         flags = ["--only", name, "--data", corpus, "--tokenizer", "bytes", "--scale", 1e-4, "--busy", "--json", out]
