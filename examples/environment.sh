@@ -119,7 +119,7 @@ environment_install() {
     echo "environment: installing megabts into .venv (extras: ${1:-none}; some minutes the first time, log: .venv/install.log)"
     rm -f "$ENVIRONMENT_VENV/.megabts-stamp"
     touch "$ENVIRONMENT_VENV/.megabts-installing" || environment_fail "cannot write to $ENVIRONMENT_VENV"
-    (cd "$ENVIRONMENT_ROOT" && "$ENVIRONMENT_VENV/bin/python3" -m pip install --disable-pip-version-check \
+    (cd "$ENVIRONMENT_ROOT" && "$ENVIRONMENT_VENV/bin/python3" -m pip install --disable-pip-version-check --no-compile \
         -c constraints.txt -e "$package") >"$log" 2>&1 || code=$?
     if [ $code != 0 ]; then
         # A pip that ended by itself left .venv as it was; after a killed one (128 and more) the mark stays.
@@ -127,6 +127,8 @@ environment_install() {
         tail -n 15 "$log" >&2
         environment_fail "pip failed (above: the end of $log). Run this again, or with --no-venv if this python3 has what is needed"
     fi
+    # pip compiles with one core; a few files of packages are no Python of this version, which is no harm.
+    "$ENVIRONMENT_VENV/bin/python3" -m compileall -q -j 0 "$ENVIRONMENT_VENV/lib" >>"$log" 2>&1 || true
 }
 
 # Run an experiment, a tool of the given name, with all arguments of its script.

@@ -321,7 +321,9 @@ def test_environment_is_made_once_and_renewed_when_needed(run: Run, repository: 
     assert first.returncode == 0, first.stderr
     assert "making .venv" in first.stdout
     assert f"{repository}/.venv/bin/python3\nrest: --no-venv=no a b\n" in first.stdout
-    assert fake_pip.read_text().splitlines() == ["install --disable-pip-version-check -c constraints.txt -e ."]
+    flags = "install --disable-pip-version-check --no-compile -c constraints.txt -e ."
+    assert fake_pip.read_text().splitlines() == [flags]
+    assert list((repository / ".venv/lib").rglob("pip.*.pyc")), "what pip installed is not compiled"
 
     again = run(*environment_call(repository, ""))
     assert "up to date" in again.stdout
