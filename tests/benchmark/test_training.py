@@ -28,6 +28,12 @@ def test_rows_of_known_seconds() -> None:
     assert rows["S.fp32.bts_peak_gb"].value.median == 3.0
     predicted = rows["S.fp32.bts_vs_predicted"].value.median
     assert predicted == pytest.approx(4 / 2.06, rel=0.01)  # four times the dense step, 2.06 times its operations
+    mixed = {**seconds, "bts_bf16_members": [2.0, 4.0]}, {**peaks, "bts_bf16_members": 10**9}
+    rows |= {row.name: row for row in training._rows("S", "fp32", *mixed)}
+    assert rows["S.fp32.bts_bf16_members_vs_hf_dense"].value == Measure(1.0, 0.0)
+    assert rows["S.fp32.bts_bf16_members_peak_gb"].value.median == 1.0
+    assert rows["S.fp32.bts_vs_hf_dense"].value == Measure(0.5, 0.0)
+    assert rows["S.fp32.bts_vs_predicted"].value.median == predicted
     ours = rows["S.fp32.dense_vs_hf"].ours
     assert ours is not None
     assert ours.median == pytest.approx((2048 / 1 + 2048 / 2) / 2)
@@ -58,7 +64,7 @@ def test_profiles_are_named_after_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     settings = Settings(progress=said.append)
     rows = training._training("S", "fp32", settings)
-    assert said[-4:] == [f"S.fp32.{name} of {name} S fp32" for name in ("hf", "dense", "bts", "bts_fp32")]
+    assert said[-4:] == [f"S.fp32.{name} of {name} S fp32" for name in ("hf", "dense", "bts", "bts_bf16_members")]
     for batch, place in ((1, "S.bf16.decode"), (16, "S.bf16.decode_16")):
         rows += decode.decode(settings, "S", "bf16", batch)
         assert said[-3:] == [f"{place}_{name} of decode {name} S bf16" for name in ("dense", "bts", "hf")]
