@@ -27,6 +27,8 @@ MAX_WORDS = 1 << 19
 """Words remembered: about 100 MB. What comes often is soon known again."""
 _MAX_CHARACTERS = 64
 """Longer words are seldom met again."""
+_JOINED = 100
+"""New words that are encoded as one text."""
 
 _META_SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 _AFTER_NO_SPACE = re.compile(r"(?<=[^ ]) ")
@@ -96,17 +98,19 @@ class WordEncoder:
         """Tokens of words with a space in front of each.
 
         Hugging Face's library takes one text of many words in a third of the time that as many texts take. It may be
-        cut before every word; there the tokens are that begin with a space, if words have none themselves.
+        cut before every word; there the tokens are that begin with a space, if words have none themselves. Where there
+        are more or fewer of those than words, the words of that text are taken one by one.
         """
         fresh: dict[str, bytes] = {}
         begins = self._cuts.begins_with_space if self._cuts else None
         if begins is not None:
             plain = [word for word in words if word and " " not in word and not word[-1].isspace()]
-            ids = np.array(self.tokenizer.encode("".join([f" {word}" for word in plain])), self.dtype)
-            starts = np.flatnonzero(begins[ids])
-            if len(starts) == len(plain):
-                tokens, places = ids.tobytes(), (starts * self.dtype.itemsize).tolist()
-                fresh = {word: tokens[start:end] for word, start, end in zip(plain, places, [*places[1:], len(tokens)])}
+            parts = [plain[start : start + _JOINED] for start in range(0, len(plain), _JOINED)]
+            for part, tokens in zip(parts, self._encode(["".join([f" {word}" for word in part]) for part in parts])):
+                starts = np.flatnonzero(begins[np.frombuffer(tokens, self.dtype)])
+                if len(starts) == len(part):
+                    places = [*(starts * self.dtype.itemsize).tolist(), len(tokens)]
+                    fresh.update((word, tokens[i:j]) for word, i, j in zip(part, places, places[1:]))
         rest = [word for word in words if word not in fresh]
         return fresh | dict(zip(rest, self._encode([f" {word}" for word in rest])))
 
