@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import megabts
-from megabts.runtime.device import num_cores
+from megabts.runtime.cores import num_cores
 
 PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest", "megabts.train.trainer"]
 """Imported once, for all ranks: the first optimizer alone imports `torch._dynamo`, for seconds."""

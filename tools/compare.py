@@ -51,7 +51,8 @@ def main() -> int:
     from megabts.experiment.comparison_results import collect, markdown, write_comparison
     from megabts.experiment.scale import read_scale
     from megabts.experiment.studies import all_stages
-    from megabts.runtime.device import gpu_names, num_cores
+    from megabts.runtime.cores import num_cores
+    from megabts.runtime.device import gpu_names
     from megabts.runtime.stages import run_stages
 
     scale = read_scale(args.preset)

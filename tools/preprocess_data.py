@@ -107,15 +107,15 @@ def main() -> None:
     # The processes are the parallelism; one that starts no threads can be forked, which takes no time (ordered_map).
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    from megabts.data.ordered_map import available_cores
     from megabts.data.preprocess import PreprocessOptions, preprocess
+    from megabts.runtime.cores import num_cores
 
     options = PreprocessOptions(
         inputs=tuple(args.input),
         output_prefix=args.output_prefix,
         json_keys=tuple(args.json_keys),
         append_eod=args.append_eod,
-        workers=available_cores() if args.workers is None else args.workers,
+        workers=num_cores() if args.workers is None else args.workers,
         log_interval=args.log_interval,
         on_bad_line=args.on_bad_line,
         max_line_bytes=args.max_line_bytes,

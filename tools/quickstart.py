@@ -37,7 +37,8 @@ def main() -> int:
     from rich.console import Console
 
     from megabts.experiment.quickstart import Quickstart
-    from megabts.runtime.device import gpu_names, num_cores
+    from megabts.runtime.cores import num_cores
+    from megabts.runtime.device import gpu_names
     from megabts.runtime.stages import run_stages
     from megabts.viz.records import Report
     from megabts.viz.report import results_table

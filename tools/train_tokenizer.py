@@ -26,12 +26,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder, or a .model file for sentencepiece-bpe")
     parser.add_argument("--threads", type=int, help="of SentencePiece (default: the cores)")
     args = parser.parse_args()
-    from megabts.data.ordered_map import available_cores
     from megabts.data.sampling import sample_texts
+    from megabts.runtime.cores import num_cores
     from megabts.tokenizers.train import bytes_per_token, train_tokenizer
 
     texts = sample_texts(args.input, args.bytes_per_file, args.json_key)
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.output, args.type, args.threads or available_cores())
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.output, args.type, args.threads or num_cores())
     inputs_sample = itertools.islice(sample_texts(args.input, REPORT_BYTES, args.json_key), 10_000)
     print(
         f"{args.output}: {tokenizer.vocab_size} tokens, {bytes_per_token(tokenizer, inputs_sample):.3f} bytes a token"

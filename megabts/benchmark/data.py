@@ -32,7 +32,8 @@ from megabts.data.samples import build_sample_indices, normalise
 from megabts.errors import UserError
 from megabts.optimizer.stability import SpikeGuard
 from megabts.parallel.mesh import build_mesh
-from megabts.runtime.device import Launch, num_cores, pick_device
+from megabts.runtime.cores import num_cores
+from megabts.runtime.device import Launch, pick_device
 from megabts.runtime.progress import Progress
 from megabts.train.setup import build_run
 from megabts.train.step import train_step

@@ -18,7 +18,7 @@ from megabts.data.indexed import IndexedDatasetBuilder
 from megabts.data.readers import find_inputs, read_lines
 from megabts.data.sampling import sample_texts
 from megabts.errors import UserError
-from megabts.runtime.device import num_cores
+from megabts.runtime.cores import num_cores
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.hugging_face import HuggingFaceTokenizer
 from megabts.tokenizers.protocol import Tokenizer

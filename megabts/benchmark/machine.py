@@ -59,7 +59,8 @@ def describe_machine() -> dict[str, object]:
     """Cores, processor, memory, versions, the code's commit and the first GPU, for a header and for JSON."""
     import torch
 
-    from megabts.runtime.device import gpu_model, gpu_names, num_cores
+    from megabts.runtime.cores import num_cores
+    from megabts.runtime.device import gpu_model, gpu_names
 
     return {
         "cores": num_cores(),

@@ -98,7 +98,9 @@ class Results:
 
     @property
     def missed(self) -> list[str]:
-        """Names of rows that do not hold their line."""
+        """Names of rows that do not hold their line; none where the table says that lines do not count."""
+        if self.busy or self.scale != 1:
+            return []
         return [row.name for row in self.rows if row.line and not row.line.holds(row.value.median)]
 
 
@@ -116,7 +118,7 @@ def choose_benchmarks(suite: str, only: str = "") -> list[Benchmark]:
         raise UsageError(f"--only {only}: the {suite} suite has no such benchmark; use one of {names}")
     missing = {module for benchmark in chosen for module in benchmark.needs if not _installed(module)}
     if missing:
-        raise UserError(f"the {suite} suite needs {', '.join(sorted(missing))}: pip install 'megabts[hf]'")
+        raise UserError(f"the {suite} suite needs {', '.join(sorted(missing))}: pip install -e '.[hf]'")
     if any(benchmark.gpu for benchmark in chosen) and not gpu_names():
         raise UserError(f"the {suite} suite needs an NVIDIA GPU, and torch finds none here; use --suite cpu")
     return chosen

@@ -2,9 +2,9 @@
 
 All train on the same random batch with the same optimizer (`MasterAdamW`: float32 masters), clipped gradients and the
 loss of every position, in the same precision: ours by `train_step`, which is what `tools/train.py` runs, with
-element-wise work compiled; transformers' eagerly. `hf_plain` is the step as its users may write it, with torch's fused
-AdamW on the weights themselves, which in bfloat16 is less work and less exact; it has no line. In fp32 the stitched
-step is also run with its frozen members held in bfloat16 (`precision.frozen`): less exact, and said so in its row.
+element-wise work compiled; transformers' eagerly. Two are not quite the same: `hf_plain` is the step as its users may
+write it, with torch's fused AdamW on the weights themselves, which in bfloat16 is less work and less exact, and has no
+line; and in fp32 our stitched step runs a second time with its frozen members held in bfloat16 (`precision.frozen`).
 """
 
 from collections.abc import Callable, Sequence
@@ -148,8 +148,11 @@ def scaling(settings: Settings) -> list[Row]:
         **{name: partial(make_round, "bts", "S", "bf16", *numbers) for name, numbers in names.items()},
     }
     with ExitStack() as stack:
-        runs = {name: stack.enter_context(Contestant(make, f"scaling {name}")).run for name, make in makers.items()}
+        contestants = {name: stack.enter_context(Contestant(make, f"scaling {name}")) for name, make in makers.items()}
+        runs = {name: contestant.run for name, contestant in contestants.items()}
         seconds = interleaved(runs, rounds=7, warm_up=2, progress=settings.progress)
+        for name, contestant in contestants.items():
+            contestant.profile(settings, f"S.bf16.scaling.{name}")
     dense, rows = operations("dense", "S"), []
     for name, numbers in names.items():
         predicted = [taken * operations("bts", "S", *numbers) / dense for taken in seconds["dense"]]

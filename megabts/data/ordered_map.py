@@ -48,11 +48,6 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         crew.stop()
 
 
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _has_one_thread() -> bool:
     """Whether this process has one thread, those of libraries counted; only Linux says so."""
     tasks = "/proc/self/task"

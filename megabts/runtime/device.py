@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megabts.errors import UsageError, UserError
+from megabts.runtime.cores import num_cores
 from megabts.runtime.verdict import PATIENCE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -63,11 +64,6 @@ def pick_device(launch: Launch) -> torch.device:
         torch.cuda.set_device(launch.local_rank)
         return torch.device("cuda", launch.local_rank)
     return torch.device("cpu")
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpu_names() -> list[str]:

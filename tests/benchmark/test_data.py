@@ -12,7 +12,7 @@ from megabts.config.model import ModelConfig
 from megabts.config.run import TrainConfig
 from megabts.data.preprocess import PreprocessOptions, preprocess
 from megabts.errors import UserError
-from megabts.runtime.device import num_cores
+from megabts.runtime.cores import num_cores
 from megabts.tokenizers.build import build_tokenizer
 from megabts.tokenizers.train import train_tokenizer
 from tests.tools import RunTool
@@ -69,7 +69,7 @@ def test_json_of_a_small_run(run_tool: RunTool, corpus: Path, tmp_path: Path) ->
         written = json.loads(out.read_text())
         assert set(written) == {"data", "scale", "machine", "idle"}
         assert len(written["idle"]["cores_used_by_others"]) == 2
-        assert code == (1 if "MISSED" in table else 0)
+        assert code == 0  # at this scale no line counts
         results |= written["data"]
     for row in ("preprocess_vs_per_document", "preprocess_vs_bare_tokenizer"):
         assert {row, f"{row}_spread", f"{row}_ours", f"{row}_yardstick"} <= results.keys()

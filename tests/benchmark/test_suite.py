@@ -58,7 +58,8 @@ def test_json_is_nested_by_names_with_spreads_beside() -> None:
         "machine": {"cores": 2},
         "idle": {"cores_used_by_others": [0.01, 0.5], "busy": True},
     }
-    assert results.missed == ["S.fp32.dense_vs_hf"]
+    assert Results("cpu", 1.0, ROWS, [0.01, 0.0]).missed == ["S.fp32.dense_vs_hf"]
+    assert results.missed == Results("cpu", 0.5, ROWS, [0.0]).missed == []  # of what is void no line is missed
 
 
 def test_the_table_says_what_was_missed_and_that_the_machine_was_busy() -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megabts.errors import UserError
 from megabts.runtime import device as runtime
+from megabts.runtime.cores import num_cores
 from megabts.runtime.device import Launch
 from megabts.runtime.verdict import PATIENCE
 
@@ -47,7 +48,7 @@ def test_cores_are_shared_among_the_ranks_of_a_node(no_launcher: pytest.MonkeyPa
 
 
 def test_num_cores_is_what_this_process_may_use() -> None:
-    assert runtime.num_cores() >= 1
+    assert num_cores() >= 1
 
 
 def test_dtypes() -> None:

@@ -19,7 +19,8 @@ import megabts.checkpoint.hf as hf_module
 import megabts.checkpoint.manifest as manifest_module
 from megabts.checkpoint.manifest import CheckpointError
 from megabts.parallel.mesh import ParallelMesh
-from megabts.runtime.device import Launch, num_cores, share_cores
+from megabts.runtime.cores import num_cores
+from megabts.runtime.device import Launch, share_cores
 from megabts.runtime.metrics import read_metrics
 from tests.ranks import run_ranks
 from tests.train.runs import BTS_SETTINGS, arguments, error_lines, shell, train, train_rank
