@@ -7,7 +7,8 @@ python tools/benchmark.py --suite gpu --only bts-2.7b --profile profiles
 
 Contestants take turns (on a GPU they run one after the other), after a warm-up; a ratio's median and spread (half the
 interquartile range) are of the rounds' own ratios. Other programs make timings void, so their load is looked at before
-and after each benchmark; a busy machine is refused. The exit code is 1 when a line is missed or it became busy.
+and after each benchmark; a busy machine is refused. A line is what a number has to reach; docs/benchmarks.md lists
+them. The exit code is 1 when a line is missed or the machine became busy.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 
     parser = ToolParser(description=__doc__)
     parser.add_argument("--suite", choices=SUITES, required=True, help="which benchmarks")
-    parser.add_argument("--only", default="", metavar="NAME", help="one of them")
+    parser.add_argument("--only", default="", metavar="NAME", help="one of them; a wrong name lists all")
     parser.add_argument("--json", type=Path, metavar="F", help="also write all numbers to F")
     parser.add_argument("--plot", type=Path, metavar="F", help="cpu suite: draw what `scaling` measures (png, svg)")
     parser.add_argument(
@@ -73,7 +74,9 @@ def main() -> int:
         try:
             args.profile.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"--profile {args.profile} cannot be made: {error.strerror}") from error
+            raise UserError(
+                f"--profile {args.profile} cannot be made: {error.strerror}; name another folder"
+            ) from error
     settings = Settings(args.data, args.tokenizer, args.scale, progress, args.profile)
     results = run_suite(args.suite, benchmarks, settings, args.busy)
     machine = describe_machine()

@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--gates",
         action="store_true",
-        help="show how much each member counts in the output's mixture or the last stitch, or ffn expert in a layer",
+        help="show the weight of each member (last stitch layer, or output's mixture), or of each layer's ffn experts",
     )
     add("--parallel.tensor", dest="tensor", type=int, default=1, metavar="N", help="ranks (default: 1)")
     add("--parallel.expert", dest="expert", type=int, default=1, metavar="N", help="ranks (default: 1)")

@@ -100,8 +100,9 @@ Routing = Literal["topk", "switch", "soft", "sample"]
 
 @dataclass
 class MoEConfig:
-    """Branch-Train-MiX (arXiv 2403.07816), sparse upcycling (arXiv 2212.05055) and Branch-Attend-Mix (BAM, arXiv
-    2408.08274): what the MoE layers are made of."""
+    """Mixtures of experts (Branch-Train-MiX, sparse upcycling, Branch-Attend-Mix): what their layers are made of.
+
+    arXiv 2403.07816, 2212.05055 and 2408.08274."""
 
     members: dict[str, str] = field(default_factory=dict)
     """Members by name, each with the folder it came from, the seed first. The model holds all weights itself."""

@@ -97,7 +97,7 @@ class Encoder:
         except UnicodeDecodeError as error:
             raise UserError(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from error
         except json.JSONDecodeError as error:
-            raise UserError(f"not JSON: {error.msg} at column {error.colno}") from error
+            raise UserError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
             raise UserError(f"not JSON that can be read: {error}") from error
         if not isinstance(record, dict):

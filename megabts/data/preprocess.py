@@ -71,6 +71,8 @@ class PreprocessReport:
 
     documents: int = 0
     bad_lines: int = 0
+    first_bad_line: str = ""
+    """where, and why"""
     input_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     """for each dataset prefix"""
@@ -118,11 +120,11 @@ def _take(
     rejects: "RejectsFile",
     report: PreprocessReport,
 ) -> None:
-    if batch.bad_lines and stop:
+    if batch.bad_lines and not report.first_bad_line:
         bad = batch.bad_lines[0]
-        raise UserError(
-            f"{bad.source}:{bad.line}: {bad.reason}; repair it, or leave such lines out (--on-bad-line skip)"
-        )
+        report.first_bad_line = f"{bad.source}:{bad.line}: {bad.reason}"
+    if batch.bad_lines and stop:
+        raise UserError(f"{report.first_bad_line}; repair it, or leave such lines out (--on-bad-line skip)")
     rejects.add(batch.bad_lines)
     report.bad_lines += len(batch.bad_lines)
     report.documents += batch.num_documents
@@ -154,7 +156,8 @@ def _finish(
 def _nothing(options: PreprocessOptions, report: PreprocessReport) -> str:
     where = ", ".join(options.inputs)
     if report.bad_lines:
-        return f"{where}: all {report.bad_lines} lines are bad, nothing was written"
+        first = report.first_bad_line
+        return f"{where}: all {report.bad_lines} lines are bad, nothing was written; the first: {first}"
     if report.documents:
         return f"{where}: the {report.documents} documents have no text, nothing was written"
     return f"{where}: the input is empty, nothing was written"

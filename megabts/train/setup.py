@@ -24,7 +24,7 @@ from megabts.parallel.collectives import broadcast_object, gather_objects
 from megabts.parallel.layout import check_layout
 from megabts.parallel.mesh import ParallelMesh, build_mesh, degrees
 from megabts.runtime.device import Launch, check_te, pick_device, resolve_dtype, share_cores, start_communication
-from megabts.runtime.fusion import choose_fuse
+from megabts.runtime.fusion import choose_fuse, eager
 from megabts.runtime.memory import keep_freed_memory
 from megabts.tokenizers.build import build_tokenizer, find_tokenizer
 from megabts.tokenizers.protocol import Tokenizer
@@ -182,6 +182,10 @@ def _start(
     config: RunConfig, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device, start: StoredModel | None
 ) -> tuple[Built, list[MemberRecord]]:
     fuse = choose_fuse(config.train.compile, device, config.train.steps)
+    if fuse is not eager:
+        log.info("element-wise work is compiled in the first step, which may take minutes (train.compile)")
+    if config.precision.fp8 != "none" and device.type == "cpu":
+        log.warning("precision.fp8 on a CPU is for tests: a step takes hundreds of times as long as without")
     if start is None or not config.checkpoint.init_from:
         backend = make_backend(config, mesh, dtype, device, fuse)
         return new_model(config, mesh, backend, start.members if start else None)

@@ -137,7 +137,7 @@ def test_unknown_benchmarks_and_missing_libraries(monkeypatch: pytest.MonkeyPatc
 def test_a_folder_for_profiles_that_cannot_be(run_tool: RunTool) -> None:
     code, out, err = run_tool("benchmark.py", "--suite", "cpu", "--only", "scaling", "--profile", "no/folder/x")
     assert (code, out) == (1, "")
-    assert err == "error: --profile no/folder/x cannot be made: No such file or directory\n"
+    assert err == "error: --profile no/folder/x cannot be made: No such file or directory; name another folder\n"
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_odd_input_that_is_fine(case: str, tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    "unterminated string": (b'{"text": "abc', "not JSON: Unterminated string starting at at column 10"),
+    "unterminated string": (b'{"text": "abc', "not JSON: Unterminated string starting at column 10"),
     "cut": (b'{"text": "abc"', "not JSON: Expecting ',' delimiter"),
     "two objects": (b'{"text": "a"}{"text": "b"}', "not JSON: Extra data"),
     "not an object": (b'["text"]', "not a JSON object but a list"),
@@ -289,7 +289,9 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_only_bad_lines_is_an_error(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [1, 2])
-    with pytest.raises(UserError, match="all 2 lines are bad"):
+    with pytest.raises(
+        UserError, match=r"all 2 lines are bad, .*the first: .*in\.jsonl:1: not a JSON object but a number"
+    ):
         run_bytes(tmp_path, source, on_bad_line="skip")
 
 
