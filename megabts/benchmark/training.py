@@ -178,8 +178,8 @@ def scaling_panels(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, floa
         numbers: (row.ours.median, row.yardstick.median) for numbers, row in steps.items() if row.ours and row.yardstick
     }
     return {
-        "experts n (K = 4)": {n: pair for (n, k), pair in pairs.items() if k == 4},
-        "stitch layers K (n = 3)": {k: pair for (n, k), pair in pairs.items() if n == 3},
+        "experts n (K = 4; S, bf16)": {n: pair for (n, k), pair in pairs.items() if k == 4},
+        "stitch layers K (n = 3; S, bf16)": {k: pair for (n, k), pair in pairs.items() if n == 3},
     }
 
 

@@ -126,8 +126,8 @@ def test_scaling_is_drawn(tmp_path: Path) -> None:
     ]
     panels = training.scaling_panels(rows)
     assert panels == {
-        "experts n (K = 4)": {1: (5, 4), 3: (7, 12), 7: (11, 28)},
-        "stitch layers K (n = 3)": {1: (4, 3), 2: (5, 6), 4: (7, 12), 8: (11, 24)},
+        "experts n (K = 4; S, bf16)": {1: (5, 4), 3: (7, 12), 7: (11, 28)},
+        "stitch layers K (n = 3; S, bf16)": {1: (4, 3), 2: (5, 6), 4: (7, 12), 8: (11, 24)},
     }
     draw_scaling(panels, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 5000
