@@ -16,7 +16,7 @@ from megabts.config.load import from_yaml, load_config
 from megabts.parallel.mesh import ParallelMesh
 from megabts.runtime.metrics import read_metrics
 from megabts.tokenizers.build import build_tokenizer
-from tests.train.runs import BTS_SETTINGS, SEQ, arguments, build, shell, train
+from tests.train.runs import BTS_SETTINGS, MEMBERS, SEQ, Settings, arguments, build, shell, train
 
 TAGS = {"lm loss", "learning-rate", "grad-norm", "throughput", "iteration-time", "batch-size", "lm loss validation"}
 
@@ -127,11 +127,19 @@ def test_frozen_parameters_stay_bit_for_bit(blend: dict[str, float], tmp_path: P
     assert same == {name for name in start if name.startswith("layers.0.")}
 
 
-def test_frozen_members_in_bfloat16(data: Path, tmp_path: Path) -> None:
+ROUTING_SETTINGS: dict[str, Any] = {
+    **{name: value for name, value in BTS_SETTINGS.items() if not name.startswith("bts.")},
+    "method": "routing",
+    "routing.members": json.dumps({name: str(MEMBERS / name) for name in ("hub", "code", "math")}),
+}
+
+
+@pytest.mark.parametrize("settings", [BTS_SETTINGS, ROUTING_SETTINGS], ids=["bts", "routing"])
+def test_frozen_members_in_bfloat16(settings: Settings, data: Path, tmp_path: Path) -> None:
     """The losses of the run in float32, within bfloat16; the model comes back as it ran, or as asked for."""
     losses = {}
     for frozen in ("same", "bfloat16"):
-        args = arguments(tmp_path / frozen, {str(data / "ids"): 1.0}, BTS_SETTINGS, precision__frozen=frozen)
+        args = arguments(tmp_path / frozen, {str(data / "ids"): 1.0}, settings, precision__frozen=frozen)
         assert train(args) == 0
         losses[frozen] = [row["loss"] for row in read_metrics(tmp_path / frozen)[0]]
     assert losses["bfloat16"] == pytest.approx(losses["same"], rel=5e-3)
